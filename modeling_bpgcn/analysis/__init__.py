@@ -1,0 +1,1 @@
+"""Looking at a trained model: curves of a run, neighbors of a query."""

@@ -1,0 +1,275 @@
+"""BPGCN: pixels -> features -> ranking -> graph -> head -> loss, one backward pass through all of it."""
+
+import inspect
+import math
+
+import torch
+from torch import Tensor
+from transformers import AutoModel
+from transformers.utils import logging
+
+from .configuration_bpgcn import BPGCNConfig
+from .graph import RankingGraph
+from .heads import HEADS, LabelPropagation
+from .objectives import check_classes, head_loss, known_classes, objective
+from .pretrained import BPGCNImageClassifierOutput, BPGCNModelOutput, BPGCNPreTrainedModel, RankingTemperature
+from .ranking import Ranking, soft_topk
+from .support_bank import SupportBank, build_support_bank, join_bank
+
+logger = logging.get_logger(__name__)
+
+SUPPORTS = ("bank", "batch", "transductive")
+
+
+class BPGCNModel(BPGCNPreTrainedModel):
+    """Images to features, and features to their nearest neighbours with differentiable weights."""
+
+    _keys_to_ignore_on_load_unexpected = (r"^head\.",)
+
+    def __init__(self, config: BPGCNConfig):
+        super().__init__(config)
+        self.backbone = AutoModel.from_config(config.backbone_config)
+        self._takes_any_size = "interpolate_pos_encoding" in inspect.signature(self.backbone.forward).parameters
+        for name, parameter in self.backbone.named_parameters():
+            # these never get a gradient here, and DDP waits for every gradient it was promised
+            if name.endswith("mask_token") or name.startswith("pooler."):
+                parameter.requires_grad_(False)
+        self.ranking_temperature = RankingTemperature(config)
+        self.support_bank = SupportBank(config)
+        self.post_init()
+
+    def get_image_features(self, pixel_values: Tensor) -> Tensor:
+        """Pooled features [B, D] of images [B, channels, height, width]."""
+        self._check_pixels(pixel_values)
+        options = {"interpolate_pos_encoding": True} if self._takes_any_size else {}
+        tokens = self.backbone(pixel_values.to(self.backbone.dtype), **options).last_hidden_state
+        if tokens.ndim != 3:
+            kind = self.config.backbone_config.model_type
+            raise ValueError(
+                f"The backbone {kind} returns {tuple(tokens.shape)}, not tokens [batch, sequence, hidden]."
+            )
+        prefix = 1 + getattr(self.config.backbone_config, "num_register_tokens", 0)
+        pooled = {"cls": (0,), "mean": (1,), "cls_mean": (0, 1)}[self.config.pooling]
+        parts = [tokens[:, 0] if part == 0 else tokens[:, prefix:].mean(1) for part in pooled]
+        return torch.cat(parts, dim=-1)
+
+    def _check_pixels(self, pixel_values: Tensor) -> None:
+        patch = getattr(self.config.backbone_config, "patch_size", 1)
+        patches = (patch, patch) if isinstance(patch, int) else tuple(patch)
+        if pixel_values.ndim != 4:
+            raise ValueError(f"pixel_values must be [batch, channels, height, width]; got {tuple(pixel_values.shape)}.")
+        for side, p in zip(pixel_values.shape[-2:], patches, strict=True):
+            if side < p or side % p:
+                raise ValueError(
+                    f"Images of {tuple(pixel_values.shape[-2:])} pixels do not divide into patches of {patches}: set"
+                    f" the image processor's size to a multiple, such as {max(p, side // p * p)} or"
+                    f" {(side // p + 1) * p}."
+                )
+
+    def embed(self, pixel_values: Tensor | None, features: Tensor | None) -> Tensor:
+        """The features of a batch, however it came; raises a `ValueError` that names the rows that are not finite."""
+        if (pixel_values is None) == (features is None):
+            raise ValueError("Pass either pixel_values or features.")
+        features = self.get_image_features(pixel_values) if features is None else features
+        if not torch.compiler.is_compiling() and not torch.isfinite(features).all():
+            rows = (~torch.isfinite(features).all(-1)).nonzero()[:, 0].tolist()
+            raise ValueError(
+                f"The features of rows {rows[:10]} of {features.shape[0]} are not finite: look for broken images or"
+                " weights, lower the learning rate, or use bf16 in place of fp16."
+            )
+        return features
+
+    def rank(self, query: Tensor, query_ids=None, key: Tensor | None = None, key_ids=None) -> Ranking:
+        """`soft_topk` with the config's options: query [N, D] among the keys [M, D], or among themselves."""
+        config = self.config
+        candidates = query.shape[0] - config.ranking_exclude_self if key is None else key.shape[0]
+        if candidates < config.num_neighbors:
+            logger.warning_once(
+                f"num_neighbors={config.num_neighbors} is more than the {candidates} candidates of this graph:"
+                f" {candidates} are used. Use larger batches or lower num_neighbors."
+            )
+        relaxation = config.ranking_relaxation
+        if relaxation == "gumbel" and not self.training:
+            relaxation = "softmax"  # answers are not drawn by lot
+        return soft_topk(
+            query,
+            key,
+            num_neighbors=config.num_neighbors,
+            temperature=self.ranking_temperature(),
+            metric=config.ranking_metric,
+            relaxation=relaxation,
+            normalization=config.ranking_normalization,
+            exclude_self=config.ranking_exclude_self,
+            query_ids=query_ids,
+            key_ids=key_ids,
+        )
+
+    def rank_in_bank(self, query: Tensor, query_ids: Tensor | None = None) -> Ranking:
+        """Rank the support bank for each query; with ids, a query that the bank holds is not its own neighbour."""
+        bank = self.support_bank
+        if len(bank) == 0:
+            raise ValueError(
+                "This model has no support bank to answer from. Build it with model.build_support_bank(dataset, ...),"
+                " or pass support='batch' to let the images of the batch be each other's neighbours."
+            )
+        return self.rank(query, query_ids, bank.features, None if query_ids is None else bank.ids)
+
+    def resolve_support(self, support: str | None) -> str:
+        """The named support, or the default: the batch in training, else the bank."""
+        support = support or ("batch" if self.training else "bank")
+        if support not in SUPPORTS:
+            raise ValueError(f"support={support!r} is unknown: choose one of {', '.join(SUPPORTS)}.")
+        return support
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        features: Tensor | None = None,
+        node_ids: Tensor | None = None,
+        support: str | None = None,
+        return_dict: bool | None = None,
+    ) -> BPGCNModelOutput | tuple:
+        """Images [B, channels, height, width] or features [B, D] -> features and ranking. `support` is `bank` (default
+        outside training) or `batch`; `node_ids` [B] int64 name the images, so that none is its own neighbour."""
+        features = self.embed(pixel_values, features)
+        in_bank = self.resolve_support(support) == "bank"
+        ranking = self.rank_in_bank(features, node_ids) if in_bank else self.rank(features, node_ids)
+        output = BPGCNModelOutput(features=features, neighbor_indices=ranking.indices, neighbor_weights=ranking.weights)
+        return output if return_dict is not False else output.to_tuple()
+
+
+class BPGCNForImageClassification(BPGCNPreTrainedModel):
+    """BPGCN with a graph head, its objective, and answers from the support bank."""
+
+    def __init__(self, config: BPGCNConfig):
+        super().__init__(config)
+        self.bpgcn = BPGCNModel(config)
+        self.head = None if config.head == "label_propagation" else HEADS[config.head](config)
+        self.label_propagation = LabelPropagation(config)
+        self.post_init()
+
+    @property
+    def support_bank(self) -> SupportBank:
+        return self.bpgcn.support_bank
+
+    def get_image_features(self, pixel_values: Tensor) -> Tensor:
+        """Pooled features [B, D] of images [B, channels, height, width]."""
+        return self.bpgcn.get_image_features(pixel_values)
+
+    def build_support_bank(self, dataset, **options) -> None:
+        """Embed the support images and store what answers read, see `support_bank.build_support_bank`."""
+        build_support_bank(self, dataset, **options)
+
+    @torch.no_grad()
+    def set_support_bank(self, features: Tensor, classes: Tensor, ids: Tensor | None = None) -> None:
+        """Fill the bank from features [M, D] and classes [M] (-100 unknown): one graph of all support images."""
+        ids = torch.arange(features.shape[0], device=features.device) if ids is None else ids
+        training = self.training
+        self.eval()
+        ranking = self.bpgcn.rank(features, ids)
+        graph = self._graph(ranking)
+        states = [] if self.head is None else self.head(features.to(self.dtype), graph)[1]
+        known = known_classes(classes, self.config.num_labels, ranking.weights.dtype)
+        _, propagated = self.label_propagation(self._label_graph(ranking), known)
+        self.support_bank.fill(features, classes, ids, graph.degree, propagated, states)
+        self.config.bank_size = len(self.support_bank)
+        self.train(training)
+
+    def _graph(self, ranking: Ranking, support_degree: Tensor | None = None) -> RankingGraph:
+        config = self.config
+        return RankingGraph.from_ranking(
+            ranking,
+            symmetrization=config.graph_symmetrization,
+            normalization=config.graph_normalization,
+            self_weight=config.self_weight,
+            self_loop=config.graph_self_loop,
+            support_degree=support_degree,
+        )
+
+    def _label_graph(self, ranking: Ranking, support_degree: Tensor | None = None) -> RankingGraph:
+        # no self-loops: a node's own class is no evidence for itself
+        return RankingGraph.from_ranking(
+            ranking,
+            symmetrization=self.config.graph_symmetrization,
+            normalization=self.config.graph_normalization,
+            self_weight=0.0,
+            support_degree=support_degree,
+        )
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        features: Tensor | None = None,
+        labels: Tensor | None = None,
+        node_ids: Tensor | None = None,
+        support_classes: Tensor | None = None,
+        support: str | None = None,
+        output_path_features: bool = False,
+        return_dict: bool | None = None,
+    ) -> BPGCNImageClassifierOutput | tuple:
+        r"""
+        Args:
+            pixel_values: [B, channels, height, width] images, or
+            features: [B, D] what the backbone made of them earlier.
+            labels: [B] int64 classes, -100 unknown. On the batch graph they give the objective of `objectives.py`, else
+                the NLL of the answer; no answer sees them.
+            node_ids: [B] int64 names of the images: none is its own neighbour, nor is its copy in the bank.
+            support_classes: [B] int64 classes that the batch graph may see (-100 unknown), for label propagation.
+            support: who the neighbours are. `bank`: the support images, the default outside training. `batch`: the
+                images of this batch, the default in training. `transductive`: both, as one graph.
+            output_path_features: return the features as two tensors, one for each path of the gradient.
+        """
+        features = self.bpgcn.embed(pixel_values, features)
+        check_classes(self.config.num_labels, labels=labels, support_classes=support_classes)
+        support = self.bpgcn.resolve_support(support)
+        rows = None
+        if support == "transductive":
+            features, node_ids, support_classes, rows = join_bank(self.support_bank, features, node_ids)
+        # two views of one tensor, so that the gradient of each path can be told apart
+        ranked, messages = features.view_as(features), features.view_as(features).to(self.dtype)
+        if support == "bank":
+            bank = self.support_bank
+            ranking = self.bpgcn.rank_in_bank(ranked, node_ids)
+            degree, states, label_graph = bank.degree, bank.states, self._label_graph(ranking, bank.degree)
+            z = self.label_propagation.read(label_graph, bank.propagated)
+        else:
+            ranking = self.bpgcn.rank(ranked, node_ids)
+            degree, states, label_graph, z = None, None, self._label_graph(ranking), None
+            if support_classes is not None:
+                known = known_classes(support_classes, self.config.num_labels, ranking.weights.dtype)
+                z, _ = self.label_propagation(label_graph, known)
+        head_logits = None
+        if self.head is not None:
+            scores, _ = self.head(messages, self._graph(ranking, degree), states)
+            head_logits = torch.log_softmax(scores.to(ranking.weights.dtype), dim=-1)
+        logits = self.label_propagation.mix(head_logits, z)
+        if logits is None:  # label propagation alone, on a batch whose classes nobody gave
+            logits = ranking.weights.new_full(
+                (len(features), self.config.num_labels), -math.log(self.config.num_labels)
+            )
+        if rows is not None:
+            logits, features, ranking = logits[rows], features[rows], Ranking(*(part[rows] for part in ranking))
+        loss, parts = None, None
+        if labels is not None and support == "batch":
+            tau = self.bpgcn.ranking_temperature()
+            propagation = self.label_propagation
+            loss, parts = objective(self.config, labels, head_logits, propagation, label_graph, ranked, node_ids, tau)
+        elif labels is not None:
+            loss = head_loss(logits, labels)
+        output = BPGCNImageClassifierOutput(
+            loss=loss,
+            logits=logits,
+            features=features,
+            neighbor_indices=ranking.indices,
+            neighbor_weights=ranking.weights,
+            loss_parts=parts,
+            path_features=(ranked, messages) if output_path_features else None,
+        )
+        return output if return_dict is not False else output.to_tuple()
+
+
+BPGCNConfig.register_for_auto_class()
+BPGCNModel.register_for_auto_class("AutoModel")
+BPGCNForImageClassification.register_for_auto_class("AutoModelForImageClassification")
+
+__all__ = ["BPGCNConfig", "BPGCNForImageClassification", "BPGCNModel"]

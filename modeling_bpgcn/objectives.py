@@ -1,0 +1,124 @@
+"""The objective: losses that a better ranking lowers, beside the head's own. Rows labelled -100 have no known class."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.utils import logging
+
+from .configuration_bpgcn import BPGCNConfig
+from .graph import RankingGraph
+from .heads import LabelPropagation
+from .ranking import similarity
+
+logger = logging.get_logger(__name__)
+
+UNKNOWN = -100
+
+
+def objective(
+    config: BPGCNConfig,
+    labels: Tensor,
+    head_logits: Tensor | None,
+    propagation: LabelPropagation,
+    label_graph: RankingGraph,
+    features: Tensor,
+    ids: Tensor | None,
+    temperature: float | Tensor,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The weighted sum of the losses whose weight is not 0, and each of them, unweighted and detached."""
+    parts = {}
+    if config.head_loss_weight and head_logits is not None:
+        parts["head_loss"] = head_loss(head_logits, labels)
+    if config.propagation_loss_weight:
+        parts["propagation_loss"] = masked_propagation_loss(
+            propagation, label_graph, labels, config.num_labels, config.reveal_ratio
+        )
+    if config.neighborhood_loss_weight:
+        ids = torch.arange(len(labels), device=labels.device) if ids is None else ids
+        parts["neighborhood_loss"] = neighborhood_loss(features, labels, ids, temperature, config.ranking_metric)
+    if config.consistency_loss_weight and head_logits is not None:
+        parts["consistency_loss"] = consistency_loss(head_logits, labels)
+    loss = sum(getattr(config, f"{name}_weight") * value for name, value in parts.items())
+    return loss, {name: value.detach() for name, value in parts.items()}
+
+
+def check_classes(num_labels: int, *, labels: Tensor | None, support_classes: Tensor | None) -> None:
+    """Raise a `ValueError` for classes that the model does not know; warn once when a batch teaches no class."""
+    if torch.compiler.is_compiling():
+        return
+    for name, classes in (("labels", labels), ("support_classes", support_classes)):
+        if classes is not None and classes.numel() and classes.max() >= num_labels:
+            raise ValueError(
+                f"{name} holds class {int(classes.max())}, but num_labels={num_labels}: set num_labels when the model is"
+                " made, and use -100 for unknown classes."
+            )
+    if labels is not None and not (labels >= 0).any():
+        logger.warning_once(
+            "A batch holds no labelled image, so no class teaches its step: set labeled_batch_fraction, or use larger"
+            " batches."
+        )
+
+
+def known_classes(classes: Tensor, num_labels: int, dtype: torch.dtype) -> Tensor:
+    """[N] classes -> [N, C] one-hot rows, zero where unknown."""
+    rows = F.one_hot(classes.clamp_min(0), num_labels).to(dtype)
+    return rows * (classes >= 0)[:, None]
+
+
+def head_loss(log_probabilities: Tensor, labels: Tensor) -> Tensor:
+    """Mean NLL of the labelled rows; 0 (with a gradient of 0) when there is none. Shapes [N, C] and [N]."""
+    total = F.nll_loss(log_probabilities, labels, ignore_index=UNKNOWN, reduction="sum")
+    return total / (labels >= 0).sum().clamp_min(1)
+
+
+def masked_propagation_loss(
+    propagation: LabelPropagation, graph: RankingGraph, labels: Tensor, num_labels: int, reveal_ratio: float
+) -> Tensor:
+    """Reveal the classes of a random share of the labelled nodes, propagate them, mean NLL of the others.
+
+    Only the edge weights carry this gradient: it is the pure ranking path (relatives: TPN, Liu et al. 2019; masked
+    label prediction, Shi et al. 2021). 0 when fewer than two nodes are labelled.
+    """
+    labeled = (labels >= 0).nonzero()[:, 0]
+    if labeled.numel() < 2:
+        return graph.edge_weight.sum() * 0.0
+    shuffled = labeled[torch.randperm(labeled.numel(), device=labels.device)]
+    revealed = min(max(round(reveal_ratio * labeled.numel()), 1), labeled.numel() - 1)
+    hidden = shuffled[revealed:]
+    seen = labels.index_fill(0, hidden, UNKNOWN)
+    z, _ = propagation(graph, known_classes(seen, num_labels, graph.edge_weight.dtype))
+    return F.nll_loss(propagation.log_probabilities(z[hidden]), labels[hidden])
+
+
+def neighborhood_loss(
+    features: Tensor, labels: Tensor, ids: Tensor, temperature: float | Tensor, metric: str
+) -> Tensor:
+    """-log of the soft ranking's mass on a labelled node's own class, among labelled nodes, itself excluded (NCA,
+    Goldberger et al. 2005). Nodes without another of their class are left out; 0 when none is left."""
+    labeled = (labels >= 0).nonzero()[:, 0]
+    features, classes, ids = features[labeled], labels[labeled], ids[labeled]
+    other = ids[:, None] != ids[None, :]
+    same = (classes[:, None] == classes[None, :]) & other
+    counted = same.any(-1)
+    if not counted.any():
+        return features.sum() * 0.0
+    with torch.autocast(features.device.type, enabled=False):
+        exact = features if features.dtype == torch.float64 else features.float()
+        logits = similarity(exact[counted], exact, metric) / temperature
+    logits = logits.masked_fill(~other[counted], -math.inf)
+    own = torch.logsumexp(logits.masked_fill(~same[counted], -math.inf), dim=-1)
+    return (torch.logsumexp(logits, dim=-1) - own).mean()
+
+
+def consistency_loss(log_probabilities: Tensor, labels: Tensor) -> Tensor:
+    """Unlabelled rows: sure answers, balanced over classes. mean_i H(p_i) - H(mean_i p_i) + log C, which is >= 0
+    (information maximisation, Krause et al. 2010). 0 when every row is labelled."""
+    rows = log_probabilities[labels < 0]
+    if rows.shape[0] == 0:
+        return log_probabilities.sum() * 0.0
+    entropy = -(rows.exp() * rows).sum(-1).mean()
+    marginal = rows.exp().mean(0)
+    balance = -(marginal * marginal.clamp_min(1e-12).log()).sum()
+    return entropy - balance + math.log(rows.shape[1])

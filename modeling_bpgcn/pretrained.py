@@ -1,0 +1,143 @@
+"""What both models share: their outputs, the temperature, how weights start, load and save."""
+
+import difflib
+import math
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+
+from .configuration_bpgcn import BPGCNConfig
+from .heads import ARMALayer, GATLayer
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_bpgcn.BPGCNConfig",
+    "AutoModel": "modeling_bpgcn.BPGCNModel",
+    "AutoModelForImageClassification": "modeling_bpgcn.BPGCNForImageClassification",
+}
+
+
+@dataclass
+class BPGCNModelOutput(ModelOutput):
+    """`features` [B, D]; `neighbor_indices` [B, k] int64, rows of the support (the bank, or the batch, or the bank
+    followed by those of the batch that it does not hold); `neighbor_weights` [B, k]."""
+
+    features: Tensor | None = None
+    neighbor_indices: Tensor | None = None
+    neighbor_weights: Tensor | None = None
+
+
+@dataclass
+class BPGCNImageClassifierOutput(ModelOutput):
+    """`loss` []; `logits` [B, C], log-probabilities; the rest as in `BPGCNModelOutput`; `loss_parts`, each unweighted;
+    `path_features`, the features as the ranking read them and as the messages did, when asked for."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    features: Tensor | None = None
+    neighbor_indices: Tensor | None = None
+    neighbor_weights: Tensor | None = None
+    loss_parts: dict[str, Tensor] | None = None
+    path_features: tuple[Tensor, Tensor] | None = None
+
+
+class RankingTemperature(nn.Module):
+    """tau: the config's number, or exp of a learned parameter, kept within a useful range."""
+
+    bounds = (1e-3, 100.0)
+
+    def __init__(self, config: BPGCNConfig):
+        super().__init__()
+        self.config = config
+        if config.learn_temperature:
+            self.log_temperature = nn.Parameter(torch.tensor(math.log(config.ranking_temperature)))
+
+    def forward(self) -> float | Tensor:
+        if not self.config.learn_temperature:
+            return self.config.ranking_temperature
+        low, high = self.bounds
+        return self.log_temperature.clamp(math.log(low), math.log(high)).exp()
+
+
+class BPGCNPreTrainedModel(PreTrainedModel):
+    config_class = BPGCNConfig
+    base_model_prefix = "bpgcn"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _keep_in_fp32_modules_strict = ("support_bank", "ranking_temperature")
+
+    def _init_weights(self, module):
+        if isinstance(module, nn.Linear):
+            init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, GATLayer):
+            init.xavier_uniform_(module.source_attention)
+            init.xavier_uniform_(module.target_attention)
+            init.zeros_(module.bias)
+        elif isinstance(module, ARMALayer):
+            # a layer without parameters of its own would count as initialised: init here, not in the head
+            for weight in (module.weight, module.root_weight):
+                init.normal_(weight, std=math.sqrt(2 / sum(weight.shape[1:])))
+            init.zeros_(module.bias)
+        elif isinstance(module, RankingTemperature) and self.config.learn_temperature:
+            init.constant_(module.log_temperature, math.log(self.config.ranking_temperature))
+
+    @classmethod
+    def from_backbone_pretrained(cls, name_or_path: str, *, revision: str | None = None, **config):
+        """A new model around a pretrained backbone: `config` are fields of `BPGCNConfig` (and `num_labels` ...).
+
+        Raises:
+            ValueError: for a name that `BPGCNConfig` does not know, naming the nearest.
+        """
+        known = {field.name for field in fields(BPGCNConfig)} | {"num_labels", "id2label", "label2id"}
+        for name in config:
+            if name not in known:
+                nearest = difflib.get_close_matches(name, known, n=1)
+                hint = f" Did you mean {nearest[0]}?" if nearest else ""
+                raise ValueError(f"{name}={config[name]!r} is no field of BPGCNConfig.{hint}")
+        backbone = AutoModel.from_pretrained(name_or_path, revision=revision)
+        model = cls(BPGCNConfig(backbone_config=backbone.config, **config))
+        model.base_model.backbone.load_state_dict(backbone.state_dict())
+        return model
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, ignore_mismatched_sizes=False, **kwargs):
+        # sizes are compared here, so that a bank that contradicts the config is named instead of lost
+        asked_for_info = kwargs.pop("output_loading_info", False)
+        kwargs |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        mismatched = [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]]
+        wrong = [k for k in [*mismatched, *info["missing_keys"], *info["unexpected_keys"]] if "support_bank." in k]
+        if wrong:
+            raise ValueError(
+                f"The support bank in {pretrained_model_name_or_path} and its config"
+                f" (bank_size={model.config.bank_size}) disagree: {', '.join(sorted(wrong)[:3])}. Save the model with"
+                " save_pretrained, which keeps them in step, or set bank_size to 0, remove the bank's tensors and call build_support_bank again."
+            )
+        if mismatched and not ignore_mismatched_sizes:
+            raise RuntimeError(
+                f"Sizes in {pretrained_model_name_or_path} differ from its config: {', '.join(mismatched)}. Pass"
+                " ignore_mismatched_sizes=True to start these afresh."
+            )
+        return (model, info) if asked_for_info else model
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As in transformers; bank and config are in step, and every Auto class finds its code."""
+        self.config.bank_size = len(self.base_model.support_bank)
+        self.config.auto_map = dict(AUTO_MAP)
+        # the original key names would lose DINOv2's attention on Trainer's resume (transformers#43701)
+        kwargs.setdefault("save_original_format", False)
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    def get_input_embeddings(self):
+        return self.base_model.backbone.get_input_embeddings()

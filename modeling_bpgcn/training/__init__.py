@@ -1,0 +1,1 @@
+"""Training: data, sampler, trainer, callbacks, metrics and the model card."""
