@@ -165,6 +165,11 @@ class BPGCNConfig(PreTrainedConfig):
     def _check_pairs(self) -> None:
         if not any(getattr(self, name) > 0 for name in LOSS_WEIGHTS):
             raise ValueError(f"All of {', '.join(LOSS_WEIGHTS)} are 0: nothing would train. Set one above 0.")
+        if self.head == "label_propagation" and self.propagation_loss_weight == self.neighborhood_loss_weight == 0:
+            raise ValueError(
+                "head='label_propagation' has no parameters, so only the ranking can train: set"
+                " propagation_loss_weight or neighborhood_loss_weight above 0."
+            )
         if self.graph_self_loop == "unit" and self.self_weight != type(self).self_weight:
             raise ValueError(
                 f"self_weight={self.self_weight} has no effect with graph_self_loop='unit', where the self-loop"
@@ -178,7 +183,8 @@ class BPGCNConfig(PreTrainedConfig):
         if self.num_neighbors == 1 and self.ranking_normalization == "selected" and self.propagation_loss_weight > 0:
             raise ValueError(
                 "num_neighbors=1 with ranking_normalization='selected' gives every edge weight 1, so no gradient"
-                " reaches the ranking: raise num_neighbors, use ranking_normalization='all', or set propagation_loss_weight=0."
+                " reaches the ranking: raise num_neighbors, use ranking_normalization='all', or set"
+                " propagation_loss_weight=0."
             )
 
     @property

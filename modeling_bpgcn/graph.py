@@ -67,8 +67,9 @@ class RankingGraph:
             graph = cls._mean(ranking, backend)
         else:
             raise ValueError(f"symmetrization={symmetrization!r} is unknown: choose none, mean or mutual.")
-        loop = {"share": 0.0, "unit": 1.0}[self_loop]
-        graph = graph._normalized(normalization, loop, support_degree)
+        if self_loop not in ("share", "unit"):
+            raise ValueError(f"self_loop={self_loop!r} is unknown: choose share or unit.")
+        graph = graph._normalized(normalization, 1.0 if self_loop == "unit" else 0.0, support_degree)
         return graph if self_loop == "unit" else graph._shared(self_weight)
 
     @classmethod
@@ -157,8 +158,9 @@ class RankingGraph:
     def dense(self) -> Tensor:
         """The propagation matrix [N, N] of a graph whose targets are its sources: what `propagate` multiplies with."""
         N = self.num_nodes
-        target = torch.arange(N, device=self.source.device)[:, None].expand_as(self.source)
-        target = (target if self.target is None else self.target).flatten()
+        target = self.target
+        if target is None:
+            target = torch.arange(N, device=self.source.device).repeat_interleave(self.source.shape[1])
         matrix = torch.diag(self.self_weight[:, 0])
         return matrix.index_put((target, self.source.flatten()), self.edge_weight.flatten(), accumulate=True)
 

@@ -1,8 +1,8 @@
 """Heads: features [N, D] and the ranking graph -> class scores [N, C].
 
 Every head but `LabelPropagation` is called as `head(features, graph, support=None) -> (scores, states)`. `states` are
-the tensors whose rows the graph's edges read, one per propagation step. A query that is attached to a support bank reads
-the bank's rows instead: pass them as `support`, in the same order. `state_sizes(config)` are their widths;
+the tensors whose rows the graph's edges read, one per propagation step. A query that is attached to a support bank
+reads the bank's rows instead: pass them as `support`, in the same order. `state_sizes(config)` are their widths;
 `first_state_is_features` says that the first of them is the features themselves, which need not be stored again.
 """
 
@@ -107,9 +107,9 @@ class GATLayer(nn.Module):
     """Multi-head attention over a node and its neighbours (Velickovic et al. 2018); the edge weights enter the
     attention logits as log P_ij. Heads are concatenated, or averaged in the last layer."""
 
-    def __init__(self, in_size: int, out_size: int, num_heads: int, concatenate: bool):
+    def __init__(self, in_size: int, out_size: int, num_heads: int, concatenate: bool, negative_slope: float = 0.2):
         super().__init__()
-        self.num_heads, self.concatenate = num_heads, concatenate
+        self.num_heads, self.concatenate, self.negative_slope = num_heads, concatenate, negative_slope
         self.linear = nn.Linear(in_size, num_heads * out_size, bias=False)
         self.source_attention = nn.Parameter(torch.empty(num_heads, out_size))
         self.target_attention = nn.Parameter(torch.empty(num_heads, out_size))
@@ -122,7 +122,7 @@ class GATLayer(nn.Module):
             zip(self._split(own), self._split(own if support is None else support), strict=True)
         ):
             source, target = self.source_attention[head].to(m.dtype), self.target_attention[head]
-            attention = graph.attention(z @ target, m @ source, z @ source.to(z.dtype), slope=0.2)
+            attention = graph.attention(z @ target, m @ source, z @ source.to(z.dtype), self.negative_slope)
             outputs.append(attention.propagate(z, m))
         y = torch.cat(outputs, dim=-1) if self.concatenate else torch.stack(outputs).mean(0)
         return y + self.bias, own

@@ -163,6 +163,7 @@ class BPGCNForImageClassification(BPGCNPreTrainedModel):
     @torch.no_grad()
     def set_support_bank(self, features: Tensor, classes: Tensor, ids: Tensor | None = None) -> None:
         """Fill the bank from features [M, D] and classes [M] (-100 unknown): one graph of all support images."""
+        check_classes(self.config.num_labels, labels=None, support_classes=classes)
         ids = torch.arange(features.shape[0], device=features.device) if ids is None else ids
         training = self.training
         self.eval()
@@ -204,6 +205,7 @@ class BPGCNForImageClassification(BPGCNPreTrainedModel):
         node_ids: Tensor | None = None,
         support_classes: Tensor | None = None,
         support: str | None = None,
+        train_backbone: bool = True,
         output_path_features: bool = False,
         return_dict: bool | None = None,
     ) -> BPGCNImageClassifierOutput | tuple:
@@ -217,9 +219,11 @@ class BPGCNForImageClassification(BPGCNPreTrainedModel):
             support_classes: [B] int64 classes that the batch graph may see (-100 unknown), for label propagation.
             support: who the neighbours are. `bank`: the support images, the default outside training. `batch`: the
                 images of this batch, the default in training. `transductive`: both, as one graph.
+            train_backbone: off, the backbone runs without gradient and only the head learns.
             output_path_features: return the features as two tensors, one for each path of the gradient.
         """
-        features = self.bpgcn.embed(pixel_values, features)
+        with torch.set_grad_enabled(train_backbone and torch.is_grad_enabled()):
+            features = self.bpgcn.embed(pixel_values, features)
         check_classes(self.config.num_labels, labels=labels, support_classes=support_classes)
         support = self.bpgcn.resolve_support(support)
         rows = None

@@ -49,10 +49,13 @@ def check_classes(num_labels: int, *, labels: Tensor | None, support_classes: Te
     if torch.compiler.is_compiling():
         return
     for name, classes in (("labels", labels), ("support_classes", support_classes)):
-        if classes is not None and classes.numel() and classes.max() >= num_labels:
+        if classes is None:
+            continue
+        wrong = classes[(classes >= num_labels) | ((classes < 0) & (classes != UNKNOWN))]
+        if wrong.numel():
             raise ValueError(
-                f"{name} holds class {int(classes.max())}, but num_labels={num_labels}: set num_labels when the model is"
-                " made, and use -100 for unknown classes."
+                f"{name} holds class {int(wrong[0])}, but num_labels={num_labels}: set num_labels when the model is"
+                f" made, and use {UNKNOWN} for unknown classes."
             )
     if labels is not None and not (labels >= 0).any():
         logger.warning_once(

@@ -63,6 +63,8 @@ class RankingTemperature(nn.Module):
 
 
 class BPGCNPreTrainedModel(PreTrainedModel):
+    """How BPGCN models start from scratch, from a backbone, and from a checkpoint, and how they are saved."""
+
     config_class = BPGCNConfig
     base_model_prefix = "bpgcn"
     main_input_name = "pixel_values"
@@ -122,7 +124,8 @@ class BPGCNPreTrainedModel(PreTrainedModel):
             raise ValueError(
                 f"The support bank in {pretrained_model_name_or_path} and its config"
                 f" (bank_size={model.config.bank_size}) disagree: {', '.join(sorted(wrong)[:3])}. Save the model with"
-                " save_pretrained, which keeps them in step, or set bank_size to 0, remove the bank's tensors and call build_support_bank again."
+                " save_pretrained, which keeps them in step, or set bank_size to 0, remove the bank's"
+                " tensors and call build_support_bank again."
             )
         if mismatched and not ignore_mismatched_sizes:
             raise RuntimeError(

@@ -75,7 +75,8 @@ def soft_topk(
     key = query if among_themselves else key
     key_ids = query_ids if among_themselves else key_ids
     with torch.autocast(query.device.type, enabled=False):
-        scores = similarity(query.to(dtype), key.to(dtype), metric)  # [N, M]
+        # divide before masking: the temperature's gradient at a score of -inf would be 0 * inf
+        logits = similarity(query.to(dtype), key.to(dtype), metric) / temperature  # [N, M]
         allowed = None
         candidates = key.shape[0]
         if exclude_self and among_themselves:
@@ -84,15 +85,15 @@ def soft_topk(
             if query_ids is None:
                 query_ids = key_ids = torch.arange(query.shape[0], device=query.device)
             allowed = query_ids[:, None] != key_ids[None, :]
-            scores = scores.masked_fill(~allowed, -math.inf)
+            logits = logits.masked_fill(~allowed, -math.inf)
         k = min(num_neighbors, candidates)
         if k == 0:
-            return Ranking(scores.new_empty(query.shape[0], 0, dtype=torch.long), scores.new_empty(query.shape[0], 0))
+            return Ranking(logits.new_empty(query.shape[0], 0, dtype=torch.long), logits[:, :0])
         if allowed is None:
-            return RELAXATIONS[relaxation](scores, k, temperature, normalization)
+            return RELAXATIONS[relaxation](logits, k, normalization)
         # a row whose candidates are all itself gets weights of 0, not NaN
         empty = ~allowed.any(-1, keepdim=True)
-        indices, weights = RELAXATIONS[relaxation](scores.masked_fill(empty, 0.0), k, temperature, normalization)
+        indices, weights = RELAXATIONS[relaxation](logits.masked_fill(empty, 0.0), k, normalization)
         return Ranking(indices, weights.masked_fill(empty | ~allowed.gather(1, indices), 0.0))
 
 
@@ -110,41 +111,44 @@ def _check_arguments(query, key, num_neighbors, temperature, relaxation, normali
         raise ValueError(f"normalization={normalization!r} is unknown: choose all or selected.")
 
 
-# Relaxations: scores [N, M] (-inf where not a candidate), k, tau, normalization -> Ranking
+# Relaxations: logits S / tau [N, M] (-inf where not a candidate), k, normalization -> Ranking
 
 
-def _softmax(scores: Tensor, k: int, temperature, normalization: str) -> Ranking:
+def _softmax(logits: Tensor, k: int, normalization: str) -> Ranking:
     """w = softmax(S / tau), equation 3. `all` reaches every candidate, `selected` the k kept."""
-    best, indices = scores.topk(k, dim=-1)  # [N, k]
+    best, indices = logits.topk(k, dim=-1)  # [N, k]
     if normalization == "selected":
-        return Ranking(indices, torch.softmax(best / temperature, dim=-1))
-    mass = torch.logsumexp(scores / temperature, dim=-1, keepdim=True)
-    return Ranking(indices, torch.exp(best / temperature - mass))
+        return Ranking(indices, torch.softmax(best, dim=-1))
+    return Ranking(indices, torch.exp(best - torch.logsumexp(logits, dim=-1, keepdim=True)))
 
 
-def _straight_through(scores: Tensor, k: int, temperature, normalization: str) -> Ranking:
+def _straight_through(logits: Tensor, k: int, normalization: str) -> Ranking:
     """Forward 1/k for each neighbour, backward the softmax's gradient (Bengio et al. 2013)."""
-    indices, soft = _softmax(scores, k, temperature, normalization)
-    return Ranking(indices, 1.0 / k + (soft - soft.detach()))
+    indices, soft = _softmax(logits, k, normalization)
+    kept = logits.gather(1, indices).isfinite().to(soft.dtype)
+    return Ranking(indices, kept / kept.sum(-1, keepdim=True) + (soft - soft.detach()))
 
 
-def _threshold(scores: Tensor, k: int, temperature, normalization: str) -> Ranking:
+def _threshold(logits: Tensor, k: int, normalization: str) -> Ranking:
     """w = sigmoid((S - theta) / tau), theta halfway between the k-th and the next score; scaled to sum to 1."""
-    best, indices = scores.topk(min(k + 1, scores.shape[-1]), dim=-1)
-    following = torch.where(best[:, -1:].isfinite(), best[:, -1:], best[:, k - 1 : k])
-    theta = (best[:, k - 1 : k] + following) / 2
-    theta = torch.where(theta.isfinite(), theta, 0.0)
-    weights = torch.sigmoid((best[:, :k] - theta) / temperature)
-    total = weights if normalization == "selected" else torch.sigmoid((scores - theta) / temperature)
+    best, indices = logits.topk(min(k + 1, logits.shape[-1]), dim=-1)
+    # rows with fewer than k candidates: the last one stands for the k-th
+    last = best[:, :k].isfinite().sum(-1, keepdim=True) - 1
+    kth = best.gather(1, last)
+    following = torch.where(best[:, -1:].isfinite(), best[:, -1:], kth)
+    theta = (kth + following) / 2
+    weights = torch.sigmoid(best[:, :k] - theta)
+    total = weights if normalization == "selected" else torch.sigmoid(logits - theta)
     return Ranking(indices[:, :k], weights / total.sum(-1, keepdim=True))
 
 
-def _lapsum(scores: Tensor, k: int, temperature, normalization: str) -> Ranking:
+def _lapsum(logits: Tensor, k: int, normalization: str) -> Ranking:
     """w = F((S - b) / tau) / k, F the Laplace distribution function and b such that the row of F sums to k (LapSum,
     Struski et al. 2025). b is found by bisection; one Newton step carries its implicit gradient."""
-    valid = scores.isfinite()
+    valid = logits.isfinite()
     count = valid.sum(-1, keepdim=True)
-    logits = torch.where(valid, scores / temperature, 0.0)
+    indices = logits.topk(k, dim=-1).indices
+    logits = torch.where(valid, logits, 0.0)
 
     def soft_count(b):
         return torch.where(valid, _laplace_cdf(logits - b), 0.0)
@@ -158,8 +162,7 @@ def _lapsum(scores: Tensor, k: int, temperature, normalization: str) -> Ranking:
             low, high = torch.where(above, middle, low), torch.where(above, high, middle)
         density = torch.where(valid, 0.5 * torch.exp(-(logits - middle).abs()), 0.0).sum(-1, keepdim=True)
     b = middle + (soft_count(middle).sum(-1, keepdim=True) - k) / density.clamp_min(1e-30)
-    chances = torch.where(count > k, soft_count(b), valid.to(scores.dtype))
-    indices = scores.topk(k, dim=-1).indices
+    chances = torch.where(count > k, soft_count(b), valid.to(logits.dtype))
     kept = chances.gather(1, indices)
     total = kept if normalization == "selected" else chances
     return Ranking(indices, kept / total.sum(-1, keepdim=True))
@@ -170,11 +173,11 @@ def _laplace_cdf(x: Tensor) -> Tensor:
     return torch.where(x > 0, 1 - tail, tail)
 
 
-def _entmax(scores: Tensor, k: int, temperature, normalization: str) -> Ranking:
+def _entmax(logits: Tensor, k: int, normalization: str) -> Ranking:
     """w = 1.5-entmax(S / tau): like softmax, but exactly 0 away from the best (Peters et al. 2019, algorithm 2)."""
-    best, order = scores.sort(dim=-1, descending=True)
-    # scores 1 below the best (in these units) are outside the support whatever the others are
-    x = ((best - best[:, :1]) / (2 * temperature)).clamp_min(-2.0)
+    best, order = logits.sort(dim=-1, descending=True)
+    # 1 below the best (in these units) is outside the support whatever the others are
+    x = ((best - best[:, :1]) / 2).clamp_min(-2.0)
     rank = torch.arange(1, x.shape[1] + 1, device=x.device, dtype=x.dtype)
     mean, mean_square = x.cumsum(-1) / rank, x.square().cumsum(-1) / rank
     delta = (1 - rank * (mean_square - mean.square())) / rank
@@ -187,11 +190,11 @@ def _entmax(scores: Tensor, k: int, temperature, normalization: str) -> Ranking:
     return Ranking(order[:, :k], kept / total)
 
 
-def _gumbel(scores: Tensor, k: int, temperature, normalization: str) -> Ranking:
+def _gumbel(logits: Tensor, k: int, normalization: str) -> Ranking:
     """Softmax of S / tau + Gumbel noise: k neighbours drawn without replacement (Kool et al. 2019), from torch's global
     generator, so a seed repeats them."""
-    uniform = torch.rand_like(scores).clamp(1e-20, 1 - 1e-7)
-    return _softmax(scores / temperature - torch.log(-torch.log(uniform)), k, 1.0, normalization)
+    uniform = torch.rand_like(logits).clamp(1e-20, 1 - 1e-7)
+    return _softmax(logits - torch.log(-torch.log(uniform)), k, normalization)
 
 
 RELAXATIONS = {

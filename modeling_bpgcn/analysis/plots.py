@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from os import PathLike
 from pathlib import Path
 
@@ -17,7 +18,9 @@ RIGHT, WRONG, UNKNOWN = "#2a9d5c", "#d1495b", "#9aa0a6"
 INK, MUTED, GRID = "#22262b", "#6b7280", "#e3e6ea"
 COLORS = ("#2f6fb7", "#e08a1e", "#2a9d5c", "#8e5bb5", "#d1495b", "#4aa8a8")
 UNLABELED = -100
+GREY_MODES = {"1", "L", "I", "I;16", "F"}  # PIL's; the others are drawn in color
 SMALL_IMAGE = 48  # pixels below which every pixel is shown as a square
+MARGIN, QUERY_SIZE, NEIGHBOR_SIZE, NEIGHBOR_GAP, ROW_HEIGHT = 0.15, 1.3, 1.08, 0.13, 2.05  # inches
 
 # title, whether the axis is logarithmic, key in the log history -> name in the legend
 PANELS = (
@@ -27,16 +30,16 @@ PANELS = (
         {
             "loss": "training",
             "eval_loss": "evaluation",
-            "head_loss": "head",
-            "propagation_loss": "propagation",
-            "neighborhood_loss": "neighborhood",
-            "consistency_loss": "consistency",
+            "head_loss": "head loss",
+            "propagation_loss": "propagation loss",
+            "neighborhood_loss": "neighborhood loss",
+            "consistency_loss": "consistency loss",
         },
     ),
     ("Accuracy", False, {"eval_accuracy": "inductive", "eval_transductive_accuracy": "transductive"}),
-    ("Temperature", False, {"temperature": "τ"}),
-    ("Effective number of neighbors", False, {"effective_neighbors": "exp(entropy)"}),
     ("Homophily", False, {"homophily": "batch graph", "eval_neighbor_homophily": "evaluation"}),
+    ("Temperature", False, {"temperature": "temperature"}),
+    ("Effective number of neighbors", False, {"effective_neighbors": "effective neighbors"}),
     (
         "Gradient norm",
         True,
@@ -46,12 +49,13 @@ PANELS = (
             "grad_norm": "all parameters",
         },
     ),
-    (
-        "Learning rate",
-        True,
-        {"backbone_learning_rate": "backbone", "head_learning_rate": "head", "learning_rate": "all"},
-    ),
 )
+THIN = {
+    "head loss",
+    "propagation loss",
+    "neighborhood loss",
+    "consistency loss",
+}  # parts of the training loss, behind their sum
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -63,7 +67,7 @@ def _figure(width: float, height: float) -> Figure:
 
 def _save(figure: Figure, path: str | PathLike) -> Figure:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png", dpi=150)
+    figure.savefig(path, format="png", dpi=120)
     return figure
 
 
@@ -73,28 +77,39 @@ def _series(log_history: Sequence[dict], key: str) -> tuple[list[float], list[fl
     return [step for step, _ in points], [value for _, value in points]
 
 
+def _learning_rates(log_history: Sequence[dict]) -> dict[str, str]:
+    """Every key that ends in learning_rate; Trainer's own repeats the first group once groups are logged by name."""
+    keys = list(dict.fromkeys(key for entry in log_history for key in entry if key.endswith("learning_rate")))
+    groups = [key for key in keys if key != "learning_rate"]
+    return {key: key.removesuffix("_learning_rate") for key in groups} or dict.fromkeys(keys, "all parameters")
+
+
 def _draw_panel(axes: Axes, title: str, logarithmic: bool, curves: dict[str, tuple[list[float], list[float]]]) -> None:
-    for color, (name, (steps, values)) in zip(COLORS, curves.items(), strict=False):
-        sparse = len(steps) <= 25
-        axes.plot(steps, values, color=color, linewidth=1.8, marker="o" if sparse else None, markersize=3.5, label=name)
-    if logarithmic and all(value > 0 for _, values in curves.values() for value in values):
-        axes.set_yscale("log")
+    for color, (name, (steps, values)) in zip(cycle(COLORS), curves.items(), strict=False):
+        marker = "o" if len(steps) <= 25 else None
+        style = {"linewidth": 1.1, "zorder": 2} if name in THIN else {"linewidth": 1.9, "zorder": 3}
+        axes.plot(steps, values, color=color, marker=marker, markersize=3.5, label=name, **style)
+    positive = [value for _, values in curves.values() for value in values if value > 0]
+    if logarithmic and positive:
+        axes.set_yscale("log", nonpositive="mask")  # a schedule that ends at 0 ends at the axis
+        # A schedule's last steps would stretch the axis over ten decades.
+        axes.set_ylim(bottom=max(min(positive) / 1.5, max(positive) * 1e-5))
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK)
     axes.set_xlabel("step", fontsize=9, color=MUTED)
-    axes.tick_params(labelsize=8, colors=MUTED, length=0)
+    axes.tick_params(which="both", labelsize=8, colors=MUTED, length=0)
     axes.grid(color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     for side in ("top", "right", "left", "bottom"):
         axes.spines[side].set_visible(side == "bottom")
         axes.spines[side].set_color(GRID)
-    if len(curves) > 1 or logarithmic:
+    if len(curves) > 1:
         axes.legend(fontsize=8, frameon=False, labelcolor=INK)
 
 
 def plot_training_curves(log_history: Sequence[dict], path: str | PathLike) -> Figure:
     """
-    Draw a run's curves over its steps: losses, accuracy, temperature, effective number of neighbors, homophily, gradient
-    norms by path and learning rates; a panel without data is left out.
+    Draw a run's curves over its steps: losses, accuracy, homophily, temperature, effective number of neighbors,
+    gradient norms by path and learning rates; a panel without data is left out.
 
     Args:
         log_history (`Sequence[dict]`): `trainer.state.log_history`.
@@ -107,7 +122,7 @@ def plot_training_curves(log_history: Sequence[dict], path: str | PathLike) -> F
         ValueError: if the history holds nothing to draw.
     """
     panels = []
-    for title, logarithmic, names in PANELS:
+    for title, logarithmic, names in (*PANELS, ("Learning rate", True, _learning_rates(log_history))):
         curves = {name: _series(log_history, key) for key, name in names.items()}
         curves = {name: series for name, series in curves.items() if series[0]}
         if curves:
@@ -118,12 +133,16 @@ def plot_training_curves(log_history: Sequence[dict], path: str | PathLike) -> F
             " the number of steps."
         )
 
-    columns = min(3, len(panels))
+    # Of 3 and 4 columns the one that leaves fewer places empty.
+    columns = min((3, 4), key=lambda width: -len(panels) % width) if len(panels) > 3 else len(panels)
     rows = math.ceil(len(panels) / columns)
-    figure = _figure(4.2 * columns, 3.0 * rows)
+    last_step = max(step for _, _, curves in panels for steps, _ in curves.values() for step in steps)
+    figure = _figure(4.1 * columns, 3.0 * rows)
     for position, panel in enumerate(panels, start=1):
-        _draw_panel(figure.add_subplot(rows, columns, position), *panel)
-    figure.tight_layout(pad=1.2)
+        axes = figure.add_subplot(rows, columns, position)
+        _draw_panel(axes, *panel)
+        axes.set_xlim(0, last_step * 1.02)
+    figure.tight_layout(pad=1.2, w_pad=2.0, h_pad=1.6)
     return _save(figure, path)
 
 
@@ -158,7 +177,9 @@ class QueryNeighbors:
 
 def _square(image: Image.Image | np.ndarray) -> np.ndarray:
     """The largest centered square of an image, which is about what a processor's center crop leaves of it."""
-    pixels = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) and image.mode != "L" else image)
+    if isinstance(image, Image.Image) and image.mode not in GREY_MODES:
+        image = image.convert("RGB")
+    pixels = np.asarray(image)
     if pixels.ndim == 3 and pixels.shape[-1] == 1:
         pixels = pixels[..., 0]
     side = min(pixels.shape[:2])
@@ -168,16 +189,32 @@ def _square(image: Image.Image | np.ndarray) -> np.ndarray:
 
 def _draw_image(axes: Axes, image: Image.Image | np.ndarray, frame: str, frame_width: float) -> None:
     pixels = _square(image)
-    size = len(pixels)
-    if pixels.ndim == 2:
-        # Grey images in any range: 0 to 16 in scikit-learn's digits, 0 to 255 in files.
-        axes.imshow(pixels, cmap="gray", interpolation="nearest" if size < SMALL_IMAGE else "antialiased")
-    else:
-        axes.imshow(pixels, interpolation="nearest" if size < SMALL_IMAGE else "antialiased")
+    # The color map stretches grey images of any range: 0 to 16 in scikit-learn's digits, 0 to 65535 in 16-bit files.
+    axes.imshow(pixels, cmap="gray", interpolation="nearest" if len(pixels) < SMALL_IMAGE else "antialiased")
     axes.set_xticks([])
     axes.set_yticks([])
     for spine in axes.spines.values():
         spine.set(color=frame, linewidth=frame_width)
+
+
+def _draw_legend(figure: Figure, width: float, height: float) -> None:
+    entries = ((RIGHT, "same class, right answer"), (WRONG, "other class, wrong answer"), (UNKNOWN, "class unknown"))
+    handles = [Rectangle((0, 0), 1, 1, facecolor="white", edgecolor=color, linewidth=2) for color, _ in entries]
+    figure.legend(
+        handles,
+        [text for _, text in entries],
+        loc="upper left",
+        bbox_to_anchor=(MARGIN / width, 1 - 0.04 / height),
+        borderaxespad=0,
+        borderpad=0.3,
+        ncols=len(entries) if width > 6 else 1,
+        fontsize=8,
+        frameon=False,
+        labelcolor=MUTED,
+        handlelength=1.0,
+        handleheight=1.0,
+        columnspacing=1.6,
+    )
 
 
 def _agreement(candidate: int, label: int) -> str:
@@ -195,9 +232,9 @@ def plot_neighbors(
     """
     Draw test images beside the neighbors that their answers rest on, one row each.
 
-    The first picture is the test image with its class and the answer, framed green if right and red if wrong; behind it
-    come its neighbors with class and weight (as number and bar), framed green where they share the test image's true
-    class, red where not, grey where a class is unknown.
+    The first picture is the test image with its class above and the answer below, framed green if right and red if
+    wrong; behind it come its neighbors with class and weight (as number and bar), framed green where they share the
+    test image's true class, red where not, grey where a class is unknown.
 
     Args:
         queries (`Sequence[QueryNeighbors]`): the rows.
@@ -217,35 +254,38 @@ def plot_neighbors(
     def name(label: int) -> str:
         if label == UNLABELED:
             return "unknown"
-        text = label_names[label] if label_names is not None else str(label)
+        text = str(label) if label_names is None else label_names[label]
         return text if len(text) <= 16 else text[:15] + "…"
 
-    rows, shown = len(queries), min(max_neighbors, max(len(query.neighbor_images) for query in queries))
+    shown = min(max_neighbors, max(len(query.neighbor_images) for query in queries))
     heaviest = max((weight for query in queries for weight in query.neighbor_weights[:shown]), default=1.0) or 1.0
-    figure = _figure(1.3 * (shown + 1.6), 1.75 * rows + 0.75)
-    left, right, top, bottom = 0.01, 0.99, 1 - 0.62 / figure.get_figheight(), 0.12 / figure.get_figheight()
-    grid = figure.add_gridspec(
-        rows, shown + 2, width_ratios=[1.25, 0.18, *[1.0] * shown], hspace=0.52, wspace=0.14,
-        left=left, right=right, top=top, bottom=bottom,
-    )  # fmt: skip
+    first_neighbor = MARGIN + QUERY_SIZE + 0.4
+    width = max(first_neighbor + shown * (NEIGHBOR_SIZE + NEIGHBOR_GAP) - NEIGHBOR_GAP + MARGIN, 3.0)
+    header = 0.42 if width > 6 else 0.85
+    height = header + len(queries) * ROW_HEIGHT
+    figure = _figure(width, height)
+    _draw_legend(figure, width, height)
+
     for row, query in enumerate(queries):
-        axes = figure.add_subplot(grid[row, 0])
+        top = height - header - row * ROW_HEIGHT - 0.2  # inches from the bottom, below the titles
+        box = (MARGIN / width, (top - QUERY_SIZE) / height, QUERY_SIZE / width, QUERY_SIZE / height)
+        axes = figure.add_axes(box)
         verdict = _agreement(query.prediction, query.label)
         _draw_image(axes, query.image, verdict, 3.5)
         axes.set_title(name(query.label), fontsize=9, fontweight="bold", color=INK, pad=5)
-        axes.set_xlabel(
-            f"{name(query.prediction)}  p = {query.probability:.2f}", fontsize=8.5, color=verdict, fontweight="bold"
-        )
+        answer = f"→ {name(query.prediction)}\np = {query.probability:.2f}"
+        axes.set_xlabel(answer, fontsize=8.5, color=verdict, fontweight="bold", labelpad=4)
+
         neighbors = zip(query.neighbor_images, query.neighbor_classes, query.neighbor_weights, strict=True)
         for column, (image, label, weight) in zip(range(shown), neighbors, strict=False):
-            axes = figure.add_subplot(grid[row, column + 2])
+            left = first_neighbor + column * (NEIGHBOR_SIZE + NEIGHBOR_GAP)
+            box = (left / width, (top - NEIGHBOR_SIZE) / height, NEIGHBOR_SIZE / width, NEIGHBOR_SIZE / height)
+            axes = figure.add_axes(box)
             frame = _agreement(label, query.label)
             _draw_image(axes, image, frame, 2.2)
             axes.set_title(name(label), fontsize=8, color=MUTED if label == UNLABELED else INK, pad=4)
-            track = {"transform": axes.transAxes, "clip_on": False, "linewidth": 0}
-            axes.add_patch(Rectangle((0, -0.13), 1, 0.06, facecolor=GRID, **track))
-            axes.add_patch(Rectangle((0, -0.13), weight / heaviest, 0.06, facecolor=frame, **track))
-            axes.text(
-                0.5, -0.16, f"{weight:.3f}", transform=axes.transAxes, ha="center", va="top", fontsize=8, color=MUTED
-            )
+            below = {"transform": axes.transAxes, "clip_on": False}
+            axes.add_patch(Rectangle((0, -0.14), 1, 0.07, facecolor=GRID, linewidth=0, **below))
+            axes.add_patch(Rectangle((0, -0.14), weight / heaviest, 0.07, facecolor=frame, linewidth=0, **below))
+            axes.text(0.5, -0.18, f"{weight:.3f}", ha="center", va="top", fontsize=8, color=MUTED, **below)
     return _save(figure, path)

@@ -1,4 +1,4 @@
-"""Images on their way to the backbone: checked before training, converted to RGB, augmented, turned into pixel values."""
+"""Images on their way to the backbone: checked before training, converted to RGB, augmented, made pixel values."""
 
 import os
 from collections.abc import Callable
@@ -57,8 +57,8 @@ def check_images(
 ) -> Dataset:
     """Open every image and return the data set, without the unusable images if `skip`.
 
-    Unusable: empty, truncated or corrupt, of a mode that has no way to RGB, larger than PIL's limit against decompression
-    bombs, or with a side shorter than `minimum_size` pixels (the patch). Pixels are dropped as soon as they are checked.
+    Unusable: empty, truncated or corrupt, of a mode that has no way to RGB, larger than PIL's limit against
+    decompression bombs, or with a side shorter than `minimum_size` pixels (the patch).
 
     Raises:
         ValueError: an image is unusable and `skip` is false, or no usable image is left.
@@ -181,7 +181,7 @@ def build_image_processor(
     """Load the image processor of a backbone (Hub name or local folder), or build one for training from scratch.
 
     With `image_size` the shorter side is resized to it and the centre cut out, whatever the aspect; without it the
-    processor keeps its own size. `name_or_path=None` gives mean = std = 0.5, and 8 x 8 pixels (digits) without `image_size`.
+    processor keeps its own size. `name_or_path=None` gives mean = std = 0.5, and 8 x 8 pixels (digits) by default.
 
     Raises:
         ValueError: the size is no multiple of `patch_size` (its border would be lost silently), or is not fixed.
@@ -226,12 +226,15 @@ def check_image_size(image_size: int, patch_size: int | None) -> None:
         return
     nearest = f"{below} or {below + patch_size}" if below > 0 else f"{patch_size}"
     raise ValueError(
-        f"image_size {image_size} is not a multiple of the backbone's patch size {patch_size}: pass --image_size {nearest}"
+        f"image size {image_size} is not a multiple of the backbone's patch size {patch_size}: "
+        f"pass --image_size {nearest}"
     )
 
 
 def image_transform(processor: BaseImageProcessor, augmentation: str = "none") -> Callable[[dict], dict]:
-    """What `dataset.with_transform` takes: rows of `load_image_data` -> `pixel_values` float32 [C, H, W], `labels`, `node_ids`.
+    """Make what `dataset.with_transform` takes: rows of `load_image_data` -> `pixel_values`, `labels`, `node_ids`.
+
+    Pixel values are float32 [3, H, W] an image; the others are integers.
 
     Raises:
         ValueError: unknown `augmentation`.

@@ -1,0 +1,206 @@
+"""What a recipe and the command line can set: the model, the data and the training, each a dataclass."""
+
+import dataclasses
+import difflib
+import sys
+from dataclasses import MISSING, dataclass, field
+from pathlib import Path
+
+import torch
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from ..configuration_bpgcn import CHOICES, BPGCNConfig
+from .data import DataArguments
+
+TEMPERATURE_SCHEDULES = ("constant", "linear", "cosine", "learned")
+BASELINES = ("none", "frozen", "all")
+
+
+@dataclass
+class BPGCNTrainingArguments(TrainingArguments):
+    """`TrainingArguments` with defaults that suit images, and what BPGCN adds."""
+
+    backbone_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Learning rate of the backbone (or its adapters); --learning_rate unless given."},
+    )
+    head_learning_rate: float = field(default=1e-2, metadata={"help": "Learning rate of the head."})
+    temperature_learning_rate: float = field(default=1e-2, metadata={"help": "Learning rate of log tau, when learned."})
+    trainable_blocks: int | None = field(
+        default=None, metadata={"help": "Train only the last n blocks of the backbone (0: none of it)."}
+    )
+    freeze: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Regular expressions: parameters whose name matches one do not train."},
+    )
+    head_only_steps: int = field(default=0, metadata={"help": "Steps in which only the head trains, at the start."})
+    temperature_schedule: str = field(
+        default="constant",
+        metadata={"help": "The temperature over the steps.", "choices": TEMPERATURE_SCHEDULES},
+    )
+    final_temperature: float | None = field(
+        default=None, metadata={"help": "Where the linear and cosine schedules end."}
+    )
+    labeled_batch_fraction: float | None = field(
+        default=None, metadata={"help": "Share of labelled images in each batch; plain shuffled batches unless given."}
+    )
+    class_balanced_batches: bool = field(
+        default=False, metadata={"help": "Draw the labelled part of each batch evenly from the classes."}
+    )
+    transductive_evaluation: bool = field(
+        default=False, metadata={"help": "Evaluate the test images as one graph with the support images, too."}
+    )
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "Stop after so many evaluations without a better metric_for_best_model."}
+    )
+    baselines: str = field(
+        default="none",
+        metadata={
+            "help": "Measure in the same run: a linear classifier and a fixed graph on frozen features (frozen), also a"
+            " fine-tuned linear classifier (all).",
+            "choices": BASELINES,
+        },
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Kept off: the transform needs the image."})
+    label_names: list[str] | None = field(
+        default_factory=lambda: ["labels"], metadata={"help": "The inputs that evaluation compares answers with."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
+        rates = ("backbone_learning_rate", "head_learning_rate", "temperature_learning_rate")
+        for name in rates:
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"{name}={value} must not be negative.")
+        for name in ("trainable_blocks", "head_only_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"{name}={value} must be 0 or more.")
+        if self.temperature_schedule not in TEMPERATURE_SCHEDULES:
+            known = ", ".join(TEMPERATURE_SCHEDULES)
+            raise ValueError(f"temperature_schedule={self.temperature_schedule!r} is unknown: choose one of {known}.")
+        moving = self.temperature_schedule in ("linear", "cosine")
+        if moving and (self.final_temperature is None or self.final_temperature <= 0):
+            raise ValueError(
+                f"temperature_schedule={self.temperature_schedule!r} needs final_temperature above 0;"
+                f" it is {self.final_temperature}."
+            )
+        if not moving and self.final_temperature is not None:
+            raise ValueError(
+                f"final_temperature={self.final_temperature} has no effect with temperature_schedule="
+                f"{self.temperature_schedule!r}: use linear or cosine."
+            )
+        if self.early_stopping_patience is not None and not self.load_best_model_at_end:
+            raise ValueError("early_stopping_patience needs load_best_model_at_end true and an eval_strategy.")
+
+
+def _model_arguments() -> type:
+    """A dataclass of the config's own fields, so that each is declared once."""
+    fixed = {"backbone_config", "bank_size", "learn_temperature"}
+    fields = [
+        (
+            "backbone",
+            str | None,
+            field(default=None, metadata={"help": "Pretrained backbone: a folder or a Hub name."}),
+        ),
+        (
+            "backbone_revision",
+            str | None,
+            field(default=None, metadata={"help": "Revision of the backbone on the Hub."}),
+        ),
+        (
+            "backbone_config",
+            dict | None,
+            field(default=None, metadata={"help": "Backbone to train from scratch (YAML)."}),
+        ),
+        ("lora_rank", int | None, field(default=None, metadata={"help": "Train LoRA adapters of this rank."})),
+        ("lora_alpha", float, field(default=16.0, metadata={"help": "Scale of the LoRA adapters."})),
+        ("lora_dropout", float, field(default=0.0, metadata={"help": "Dropout of the LoRA adapters."})),
+        (
+            "lora_target_modules",
+            list[str],
+            field(
+                default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"],
+                metadata={"help": "Names of the backbone's layers that get adapters."},
+            ),
+        ),
+    ]
+    for entry in dataclasses.fields(BPGCNConfig):
+        own = entry.name in BPGCNConfig.__annotations__ and entry.name not in fixed and entry.default is not MISSING
+        if own:
+            choices = {"choices": CHOICES[entry.name]} if entry.name in CHOICES else {}
+            help_text = f"See BPGCNConfig.{entry.name}."
+            fields.append(
+                (entry.name, entry.type, field(default=entry.default, metadata={"help": help_text, **choices}))
+            )
+    made = dataclasses.make_dataclass("ModelArguments", fields, namespace={"__module__": __name__})
+    made.__doc__ = "The backbone, LoRA, and the fields of `BPGCNConfig`."
+    return made
+
+
+ModelArguments = _model_arguments()
+ARGUMENTS = (ModelArguments, DataArguments, BPGCNTrainingArguments)
+CONFIG_FIELDS = [f.name for f in dataclasses.fields(ModelArguments) if f.name in BPGCNConfig.__annotations__]
+
+
+def parse_arguments(arguments: list[str] | None = None) -> tuple:
+    """RECIPE.yaml [--option value ...] -> (ModelArguments, DataArguments, BPGCNTrainingArguments).
+
+    The recipe sets defaults and the command line wins.
+
+    Raises:
+        SystemExit: after naming an unknown option and the nearest known one, as argparse does.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    parser = HfArgumentParser(ARGUMENTS, description=__doc__, usage="train.py RECIPE.yaml [--option value ...]")
+    recipe = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
+    known = sorted({f.name for kind in ARGUMENTS for f in dataclasses.fields(kind) if f.init})
+    settings = {} if recipe is None else _read_recipe(parser, recipe, known)
+    options = [argument.split("=")[0].lstrip("-") for argument in arguments if argument.startswith("--")]
+    _check_names(parser, [o for o in options if o.removeprefix("no_") not in known], known, "the command line")
+    if recipe is None and not arguments:
+        parser.error("give a recipe, such as configuration/digits.yaml, or --help.")
+    nested = {name: settings.pop(name) for name in list(settings) if isinstance(settings[name], dict)}
+    # what the recipe sets is no longer required from the command line
+    for action in parser._actions:
+        action.required = action.required and action.dest not in settings
+    parser.set_defaults(**settings)
+    parsed = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+    for made in parsed:
+        for name, value in nested.items():
+            if hasattr(made, name):
+                setattr(made, name, value)
+    _, data, training = parsed
+    if training.load_best_model_at_end and not (data.validation_split or data.validation_fraction):
+        parser.error(
+            "load_best_model_at_end would choose on test images: set validation_fraction, or name a validation_split."
+        )
+    return parsed
+
+
+def _read_recipe(parser: HfArgumentParser, recipe: str, known: list[str]) -> dict:
+    path = Path(recipe)
+    if not path.is_file():
+        parser.error(
+            f"the recipe {recipe} does not exist; the first argument is a YAML file, options follow as --name."
+        )
+    settings = yaml.safe_load(path.read_text()) or {}
+    if not isinstance(settings, dict):
+        parser.error(f"the recipe {recipe} must hold lines of `name: value`.")
+    _check_names(parser, [name for name in settings if name not in known], known, recipe)
+    for name, value in settings.items():
+        if isinstance(value, str) and name.endswith(("rate", "decay", "temperature")):
+            parser.error(f"{recipe}: {name}: {value} is text to YAML; write a number such as 1.0e-4.")
+    return settings
+
+
+def _check_names(parser: HfArgumentParser, unknown: list[str], known: list[str], where: str) -> None:
+    for name in unknown:
+        if name in ("help", "h"):
+            continue
+        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        hint = f" Did you mean {nearest[0]}?" if nearest else " --help lists them all."
+        parser.error(f"{where}: {name} is no option.{hint}")

@@ -1,0 +1,389 @@
+"""The objective: each loss equals a plain loop, and the ranking path carries the gradient it is built for."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.testing import assert_close
+
+from modeling_bpgcn import objectives
+from modeling_bpgcn.graph import RankingGraph
+from modeling_bpgcn.heads import LabelPropagation
+from modeling_bpgcn.objectives import (
+    consistency_loss,
+    head_loss,
+    known_classes,
+    masked_propagation_loss,
+    neighborhood_loss,
+    objective,
+)
+from modeling_bpgcn.ranking import similarity
+from tests.model_factory import (
+    CLASSES,
+    captured_warnings,
+    random_ranking,
+    tiny_config,
+    tiny_images,
+    tiny_model,
+)
+
+N = 10
+LABELS = torch.tensor([0, 1, 2, 0, 1, -100, 0, -100, 1, -100])
+
+
+def log_probabilities(rows: int = N) -> Tensor:
+    return torch.log_softmax(2 * torch.randn(rows, CLASSES, dtype=torch.float64), -1).requires_grad_()
+
+
+def features() -> Tensor:
+    return torch.randn(N, 4, dtype=torch.float64, requires_grad=True)
+
+
+def label_graph(weights: Tensor | None = None) -> RankingGraph:
+    ranking = random_ranking(N, 3)
+    return RankingGraph.from_ranking(ranking if weights is None else ranking._replace(weights=weights), self_weight=0.0)
+
+
+# --- the head's NLL --------------------------------------------------------------------------------------------------
+
+
+def test_head_loss_is_the_mean_nll_of_the_labelled_rows():
+    logits = log_probabilities()
+    expected = [-logits[i, c].item() for i, c in enumerate(LABELS.tolist()) if c >= 0]
+    loss = head_loss(logits, LABELS)
+    assert_close(loss.item(), sum(expected) / len(expected))
+    loss.backward()
+    assert (logits.grad[LABELS >= 0].abs().sum(-1) > 0).all()
+    assert (logits.grad[LABELS < 0] == 0).all()
+
+
+# --- masked propagation ----------------------------------------------------------------------------------------------
+
+
+def plain_masked_propagation(P: Tensor, hidden: set[int], steps: int, alpha: float) -> float:
+    known = [[float(i not in hidden and LABELS[i] == c) for c in range(CLASSES)] for i in range(N)]
+    z = known
+    for _ in range(steps):
+        z = [
+            [
+                alpha * sum(P[i, j].item() * z[j][c] for j in range(N)) + (1 - alpha) * known[i][c]
+                for c in range(CLASSES)
+            ]
+            for i in range(N)
+        ]
+    losses = []
+    for i in hidden:
+        row = [value + 1e-4 for value in z[i]]
+        losses.append(-math.log(row[LABELS[i]] / sum(row)))
+    return sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize(("ratio", "revealed"), [(0.5, 4), (0.3, 2), (0.01, 1), (0.99, 6)])
+def test_masked_propagation_is_a_plain_loop_over_the_revealed_classes(ratio, revealed):
+    config = tiny_config(propagation_steps=3, propagation_alpha=0.8)
+    graph = label_graph()
+    torch.manual_seed(5)
+    loss = masked_propagation_loss(LabelPropagation(config), graph, LABELS, CLASSES, ratio)
+    torch.manual_seed(5)
+    labelled = [i for i, c in enumerate(LABELS.tolist()) if c >= 0]
+    hidden = {labelled[i] for i in torch.randperm(len(labelled)).tolist()[revealed:]}
+    assert_close(loss.item(), plain_masked_propagation(graph.dense(), hidden, steps=3, alpha=0.8))
+
+
+def test_masked_propagation_draws_other_nodes_each_time():
+    module, graph = LabelPropagation(tiny_config()), label_graph()
+    assert len({masked_propagation_loss(module, graph, LABELS, CLASSES, 0.5).item() for _ in range(8)}) > 1
+
+
+@pytest.mark.parametrize("steps", [0, 4])
+def test_the_edge_weights_carry_all_of_the_propagation_gradient(steps):
+    module = LabelPropagation(tiny_config(propagation_steps=steps))
+    weights = random_ranking(N, 3).weights
+    attached = masked_propagation_loss(module, label_graph(weights.requires_grad_()), LABELS, CLASSES, 0.5)
+    assert torch.autograd.grad(attached, weights)[0].abs().max() > 1e-3
+    cut = masked_propagation_loss(module, label_graph(weights.detach()), LABELS, CLASSES, 0.5)
+    assert cut.item() > 0
+    assert not cut.requires_grad
+
+
+def test_masked_propagation_falls_when_neighbours_share_the_class():
+    labels = torch.arange(N) % 2
+    same = (labels[:, None] == labels[None, :]).double().fill_diagonal_(0)
+    module, losses = LabelPropagation(tiny_config()), []
+    for A in (same, 1 - same):
+        weights, indices = (A + 0.01 * torch.rand(N, N)).fill_diagonal_(0).topk(4)
+        graph = RankingGraph.from_ranking(
+            random_ranking(N, 4)._replace(indices=indices, weights=weights), self_weight=0.0
+        )
+        losses.append(masked_propagation_loss(module, graph, labels, 2, 0.5).item())
+    assert losses[0] < 0.1 < losses[1]
+
+
+# --- neighbourhood ---------------------------------------------------------------------------------------------------
+
+
+def plain_neighborhood(x: Tensor, labels: Tensor, ids: Tensor, tau: float, metric: str) -> float | None:
+    S, losses = similarity(x, x, metric) / tau, []
+    for i in range(N):
+        others = [j for j in range(N) if labels[i] >= 0 and labels[j] >= 0 and ids[i] != ids[j]]
+        own = [j for j in others if labels[j] == labels[i]]
+        if own:
+            mass = [sum(math.exp(S[i, j].item()) for j in group) for group in (own, others)]
+            losses.append(-math.log(mass[0] / mass[1]))
+    return sum(losses) / len(losses) if losses else None
+
+
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+def test_neighborhood_loss_is_a_plain_loop_over_labelled_pairs(metric):
+    x, ids = features(), torch.tensor([0, 1, 2, 0, 4, 5, 6, 7, 8, 9])  # rows 0 and 3 are one image
+    tau = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    loss = neighborhood_loss(x, LABELS, ids, tau, metric)
+    assert_close(loss.item(), plain_neighborhood(x, LABELS, ids, 0.5, metric))
+    loss.backward()
+    alone = 2  # the only one of its class: left out as a query, still a candidate
+    assert x.grad[LABELS >= 0].norm(dim=-1).min() > 1e-5
+    assert x.grad[alone].abs().max() > 0
+    assert (x.grad[LABELS < 0] == 0).all()
+    assert tau.grad.isfinite()
+    assert tau.grad.abs() > 1e-4
+
+
+def test_neighborhood_loss_leaves_no_trace_when_no_class_occurs_twice():
+    x = features()
+    loss = neighborhood_loss(x, torch.tensor([0, 1, 2] + [-100] * 7), torch.arange(N), 0.5, "cosine")
+    assert loss.item() == 0
+    loss.backward()
+    assert (x.grad == 0).all()
+
+
+def test_neighborhood_loss_of_half_precision_features_is_computed_in_float32():
+    x = features().detach().bfloat16()
+    half = neighborhood_loss(x, LABELS, torch.arange(N), 0.05, "cosine")
+    assert half.dtype == torch.float32
+    assert torch.equal(half, neighborhood_loss(x.float(), LABELS, torch.arange(N), 0.05, "cosine"))
+
+
+# --- consistency -----------------------------------------------------------------------------------------------------
+
+
+def plain_consistency(rows: list[list[float]]) -> float:
+    entropies = [-sum(math.exp(x) * x for x in row) for row in rows]
+    marginal = [sum(math.exp(row[c]) for row in rows) / len(rows) for c in range(CLASSES)]
+    return sum(entropies) / len(rows) + sum(p * math.log(p) for p in marginal) + math.log(CLASSES)
+
+
+def test_consistency_is_a_plain_loop_over_unlabelled_rows():
+    logits = log_probabilities()
+    loss = consistency_loss(logits, LABELS)
+    assert_close(loss.item(), plain_consistency(logits[LABELS < 0].tolist()))
+    loss.backward()
+    assert (logits.grad[LABELS < 0].abs().max(-1).values > 1e-4).all()
+    assert (logits.grad[LABELS >= 0] == 0).all()
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10_000), rows=st.integers(1, 8), scale=st.floats(0, 50))
+def test_consistency_is_never_negative(seed, rows, scale):
+    scores = scale * torch.randn(rows, CLASSES, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    loss = consistency_loss(torch.log_softmax(scores, -1), torch.full((rows,), -100))
+    assert -1e-9 <= loss.item() <= 2 * math.log(CLASSES)
+
+
+def test_consistency_is_zero_for_sure_and_balanced_answers_and_without_unlabelled_rows():
+    sure = torch.log_softmax(100 * torch.eye(CLASSES, dtype=torch.float64), -1)
+    assert_close(consistency_loss(sure, torch.full((CLASSES,), -100)).item(), 0.0, atol=1e-9, rtol=0)
+    logits = log_probabilities(2)
+    loss = consistency_loss(logits, torch.tensor([0, 1]))
+    assert loss.item() == 0
+    loss.backward()
+    assert (logits.grad == 0).all()
+
+
+# --- their sum -------------------------------------------------------------------------------------------------------
+
+WEIGHTS = {
+    "head_loss_weight": 0.7,
+    "propagation_loss_weight": 1.3,
+    "neighborhood_loss_weight": 0.4,
+    "consistency_loss_weight": 0.2,
+}
+
+
+def parts_of(config, logits, x, graph) -> tuple[Tensor, dict]:
+    torch.manual_seed(5)
+    return objective(config, LABELS, logits, LabelPropagation(config), graph, x, None, 0.5)
+
+
+def test_the_objective_is_the_weighted_sum_of_its_parts():
+    config, x, logits, graph = tiny_config(**WEIGHTS), features(), log_probabilities(), label_graph()
+    loss, parts = parts_of(config, logits, x, graph)
+    torch.manual_seed(5)
+    expected = {
+        "head_loss": head_loss(logits, LABELS),
+        "propagation_loss": masked_propagation_loss(LabelPropagation(config), graph, LABELS, CLASSES, 0.5),
+        "neighborhood_loss": neighborhood_loss(x, LABELS, torch.arange(N), 0.5, "cosine"),
+        "consistency_loss": consistency_loss(logits, LABELS),
+    }
+    assert_close(parts, {name: value.detach() for name, value in expected.items()})
+    assert all(value > 0 for value in parts.values())
+    assert not any(value.requires_grad for value in parts.values())
+    assert_close(loss, sum(WEIGHTS[f"{name}_weight"] * value for name, value in expected.items()))
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_a_loss_of_weight_zero_is_not_computed(name):
+    _, parts = parts_of(tiny_config(**(WEIGHTS | {name: 0.0})), log_probabilities(), features(), label_graph())
+    assert set(parts) == {other.removesuffix("_weight") for other in WEIGHTS if other != name}
+
+
+def test_label_propagation_alone_has_no_head_to_teach():
+    config = tiny_config(head="label_propagation", **WEIGHTS)
+    _, parts = parts_of(config, None, features(), label_graph())
+    assert set(parts) == {"propagation_loss", "neighborhood_loss"}
+
+
+def test_unknown_classes_are_rows_of_zeros():
+    rows = known_classes(torch.tensor([2, -100, 0]), CLASSES, torch.float64)
+    assert_close(rows, torch.tensor([[0, 0, 1], [0, 0, 0], [1, 0, 0]], dtype=torch.float64))
+
+
+# --- the gradient's paths, through the model -------------------------------------------------------------------------
+
+
+def double_model(**overrides):
+    return tiny_model(head_num_layers=2, **overrides).double().train()
+
+
+def test_under_the_propagation_loss_alone_every_gradient_comes_through_the_ranking():
+    model = double_model(head_loss_weight=0.0)
+    output = model(tiny_images(N).double(), labels=LABELS, output_path_features=True)
+    ranked, messages = output.path_features
+    for path in (ranked, messages):
+        path.retain_grad()
+    output.loss.backward()
+    assert ranked.grad.abs().max() > 1e-4
+    assert messages.grad is None
+    assert all(parameter.grad is None for parameter in model.head.parameters())
+    reached = [p.grad.abs().max() > 0 for p in model.bpgcn.backbone.parameters() if p.requires_grad]
+    assert all(reached)
+
+
+def test_the_two_paths_add_up_to_the_gradient_of_the_features():
+    model = double_model(neighborhood_loss_weight=0.3)
+    x = torch.randn(N, 8, dtype=torch.float64, requires_grad=True)
+    output = model(features=x, labels=LABELS, output_path_features=True)
+    ranking_path, feature_path = torch.autograd.grad(output.loss, output.path_features, retain_graph=True)
+    assert ranking_path.abs().max() > 1e-3
+    assert feature_path.abs().max() > 1e-3
+    assert_close(torch.autograd.grad(output.loss, x)[0], ranking_path + feature_path)
+
+
+def finite_difference(loss, parameters: list[Tensor], direction: list[Tensor], step: float = 1e-6) -> float:
+    values = []
+    with torch.no_grad():
+        for sign in (1, -2):
+            for parameter, change in zip(parameters, direction, strict=True):
+                parameter.add_(sign * step * change)
+            values.append(loss().item())
+        for parameter, change in zip(parameters, direction, strict=True):
+            parameter.add_(step * change)
+    return (values[0] - values[1]) / (2 * step)
+
+
+@pytest.mark.parametrize("head", ["gcn", "sgc", "appnp", "gat", "arma"])
+def test_with_messages_detached_the_ranking_path_reaches_the_backbone_as_finite_differences_do(head):
+    model, images = double_model(head=head), tiny_images(N).double()
+    parameters = [p for p in model.bpgcn.backbone.parameters() if p.requires_grad]
+    with torch.no_grad():
+        messages = model.get_image_features(images)
+
+    def loss() -> Tensor:
+        graph = model._graph(model.bpgcn.rank(model.get_image_features(images)))
+        return head_loss(torch.log_softmax(model.head(messages, graph)[0], -1), LABELS)
+
+    gradients = torch.autograd.grad(loss(), parameters)
+    assert max(gradient.abs().max() for gradient in gradients) > 1e-4
+    for _ in range(3):
+        direction = [torch.randn_like(parameter) for parameter in parameters]
+        slope = sum((g * d).sum().item() for g, d in zip(gradients, direction, strict=True))
+        assert abs(slope) > 1e-4
+        assert_close(finite_difference(loss, parameters, direction), slope, rtol=1e-5, atol=1e-8)
+    # and the model's own ranking path is this one
+    output = model(images, labels=LABELS, output_path_features=True)
+    ranked = output.path_features[0]
+    at_ranking = torch.autograd.grad(head_loss(output.logits, LABELS), ranked, retain_graph=True)[0]
+    assert_close(list(torch.autograd.grad(ranked, parameters, at_ranking)), list(gradients))
+
+
+@pytest.mark.parametrize("relaxation", ["softmax", "lapsum", "threshold", "entmax"])
+@pytest.mark.parametrize("normalization", ["all", "selected"])
+def test_the_whole_objectives_gradient_is_its_finite_difference(relaxation, normalization):
+    model = double_model(
+        ranking_relaxation=relaxation, ranking_normalization=normalization, learn_temperature=True, **WEIGHTS
+    )
+    images = tiny_images(N).double()
+
+    def loss() -> Tensor:
+        torch.manual_seed(5)
+        return model(images, labels=LABELS).loss
+
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(loss(), parameters)
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert gradients[names.index("bpgcn.ranking_temperature.log_temperature")].abs() > 1e-3
+    for _ in range(2):
+        direction = [torch.randn_like(parameter) for parameter in parameters]
+        slope = sum((g * d).sum().item() for g, d in zip(gradients, direction, strict=True))
+        assert abs(slope) > 1e-3
+        assert_close(finite_difference(loss, parameters, direction), slope, rtol=1e-4, atol=1e-7)
+
+
+# --- batches that teach little, classes that do not exist ------------------------------------------------------------
+
+
+def test_a_batch_without_labels_costs_nothing_and_is_mentioned_once():
+    model, images = tiny_model().train(), tiny_images(6)
+    with captured_warnings(objectives.logger) as messages:
+        for _ in range(2):
+            loss = model(images, labels=torch.full((6,), -100)).loss
+            loss.backward()
+    assert loss.item() == 0
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    assert gradients
+    assert all((gradient == 0).all() for gradient in gradients)
+    assert [message for message in messages if "no labelled image" in message] == [
+        "A batch holds no labelled image, so no class teaches its step: set labeled_batch_fraction, or use larger"
+        " batches."
+    ]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_batch_with_one_labelled_image_still_trains_the_head(count):
+    model = tiny_model().train()
+    labels = torch.tensor([1, -100])[:count]
+    output = model(tiny_images(count), labels=labels)
+    output.loss.backward()
+    assert output.loss.item() > 0
+    assert output.loss_parts["propagation_loss"] == 0
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    assert model.head.layers[-1].bias.grad.abs().max() > 0
+
+
+def test_a_single_image_under_the_propagation_loss_alone_has_a_gradient_of_zero():
+    model = tiny_model(head_loss_weight=0.0).train()
+    loss = model(tiny_images(1), labels=torch.tensor([1])).loss
+    loss.backward()
+    assert loss.item() == 0
+
+
+@pytest.mark.parametrize("wrong", [CLASSES, -1])
+@pytest.mark.parametrize("name", ["labels", "support_classes"])
+def test_a_class_that_the_model_does_not_know_is_named(name, wrong):
+    message = f"{name} holds class {wrong}, but num_labels={CLASSES}: .* use -100 for unknown classes"
+    with pytest.raises(ValueError, match=message):
+        tiny_model().train()(tiny_images(4), **{name: torch.tensor([0, wrong, -100, 1])})
+    with pytest.raises(ValueError, match=message.replace(name, "support_classes")):
+        tiny_model().set_support_bank(torch.randn(4, 8), torch.tensor([0, wrong, -100, 1]))
