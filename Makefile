@@ -3,6 +3,8 @@ PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3.14
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.bpgcn-setup
+# accelerate gives a process on the CPU one thread unless told otherwise
+CORES  := $(shell getconf _NPROCESSORS_ONLN)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all check format clean
@@ -27,6 +29,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP) ## train on scikit-learn's digits, offline, in about 3 minutes on 2 cores
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+		--num_cpu_threads_per_process $(CORES) \
 		train.py configuration/digits.yaml $(ARGS)
 
 test: $(STAMP) ## run the tests

@@ -51,7 +51,8 @@ class RankingGraph:
         Args:
             symmetrization: `none` keeps i -> j; `mean` is (A + A^T) / 2; `mutual` keeps (a_ij + a_ji) / 2 where each is
                 among the other's neighbours.
-            normalization: `row` D^-1 A; `symmetric` D^-1/2 A D^-1/2 (Kipf and Welling 2017); `none` A.
+            normalization: `row` D^-1 A; `symmetric` D^-1/2 A D^-1/2 (Kipf and Welling 2017); `none` A. A node of
+                degree 0 has D^-1 = 0.
             self_weight: c with `share`: P' = c I + (1 - c) P. A node without an edge keeps all of itself.
             self_loop: `unit` adds I to A before the normalisation instead (the renormalisation trick).
             support_degree: [M] degrees of the source nodes when they are not the targets (a query at a fixed bank):
@@ -88,16 +89,16 @@ class RankingGraph:
         return cls(source, edge_weight, torch.zeros_like(degree)[:, None], degree, target, backend)
 
     def _normalized(self, normalization: str, loop: float, support_degree: Tensor | None) -> "RankingGraph":
-        # clamp before the root and the division: the gradient of rsqrt(0) is NaN even where masked afterwards
-        safe = (self.degree + loop).clamp_min(EPS)
+        total = self.degree + loop
         if normalization == "none":
-            edge, own = self.edge_weight, torch.full_like(safe, loop)
+            edge, own = self.edge_weight, torch.full_like(total, loop)
         elif normalization == "row":
-            edge, own = self.edge_weight * self._per_edge(1 / safe), loop / safe
+            inverse = _inverse_power(total, 1.0)
+            edge, own = self.edge_weight * self._per_edge(inverse), loop * inverse
         elif normalization == "symmetric":
-            root = safe.rsqrt()
-            sources = root if support_degree is None else (support_degree.to(root.dtype) + loop).clamp_min(EPS).rsqrt()
-            edge, own = self.edge_weight * self._per_edge(root) * sources[self.source], loop / safe
+            root = _inverse_power(total, 0.5)
+            sources = root if support_degree is None else _inverse_power(support_degree.to(root.dtype) + loop, 0.5)
+            edge, own = self.edge_weight * self._per_edge(root) * sources[self.source], loop * root.square()
         else:
             raise ValueError(f"normalization={normalization!r} is unknown: choose row, symmetric or none.")
         return replace(self, edge_weight=edge, self_weight=own[:, None])
@@ -163,6 +164,11 @@ class RankingGraph:
             target = torch.arange(N, device=self.source.device).repeat_interleave(self.source.shape[1])
         matrix = torch.diag(self.self_weight[:, 0])
         return matrix.index_put((target, self.source.flatten()), self.edge_weight.flatten(), accumulate=True)
+
+
+def _inverse_power(degree: Tensor, power: float) -> Tensor:
+    # clamp before the power: the gradient of 0 ** -0.5 is NaN even where masked afterwards
+    return torch.where(degree > EPS, degree.clamp_min(EPS) ** -power, 0.0)
 
 
 def _mutual_weights(ranking: Ranking) -> Tensor:

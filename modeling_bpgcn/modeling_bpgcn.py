@@ -18,7 +18,7 @@ from .support_bank import SupportBank, build_support_bank, join_bank
 
 logger = logging.get_logger(__name__)
 
-SUPPORTS = ("bank", "batch", "transductive")
+SUPPORTS = ("bank", "batch", "transductive", "none")
 
 
 class BPGCNModel(BPGCNPreTrainedModel):
@@ -30,13 +30,16 @@ class BPGCNModel(BPGCNPreTrainedModel):
         super().__init__(config)
         self.backbone = AutoModel.from_config(config.backbone_config)
         self._takes_any_size = "interpolate_pos_encoding" in inspect.signature(self.backbone.forward).parameters
-        for name, parameter in self.backbone.named_parameters():
-            # these never get a gradient here, and DDP waits for every gradient it was promised
-            if name.endswith("mask_token") or name.startswith("pooler."):
-                parameter.requires_grad_(False)
         self.ranking_temperature = RankingTemperature(config)
         self.support_bank = SupportBank(config)
         self.post_init()
+        self.freeze_unused()
+
+    def freeze_unused(self) -> None:
+        """Freeze what never gets a gradient here: DDP waits for every gradient it was promised."""
+        for name, parameter in self.backbone.named_parameters():
+            if name.endswith("mask_token") or name.startswith("pooler."):
+                parameter.requires_grad_(False)
 
     def get_image_features(self, pixel_values: Tensor) -> Tensor:
         """Pooled features [B, D] of images [B, channels, height, width]."""
@@ -107,7 +110,7 @@ class BPGCNModel(BPGCNPreTrainedModel):
     def rank_in_bank(self, query: Tensor, query_ids: Tensor | None = None) -> Ranking:
         """Rank the support bank for each query; with ids, a query that the bank holds is not its own neighbour."""
         bank = self.support_bank
-        if len(bank) == 0:
+        if bank.size == 0:
             raise ValueError(
                 "This model has no support bank to answer from. Build it with model.build_support_bank(dataset, ...),"
                 " or pass support='batch' to let the images of the batch be each other's neighbours."
@@ -129,11 +132,19 @@ class BPGCNModel(BPGCNPreTrainedModel):
         support: str | None = None,
         return_dict: bool | None = None,
     ) -> BPGCNModelOutput | tuple:
-        """Images [B, channels, height, width] or features [B, D] -> features and ranking. `support` is `bank` (default
-        outside training) or `batch`; `node_ids` [B] int64 name the images, so that none is its own neighbour."""
+        """Images [B, channels, height, width] or features [B, D] -> features and ranking. `support` as in
+        `BPGCNForImageClassification.forward`; `node_ids` [B] int64 name the images: none is its own neighbour."""
         features = self.embed(pixel_values, features)
-        in_bank = self.resolve_support(support) == "bank"
-        ranking = self.rank_in_bank(features, node_ids) if in_bank else self.rank(features, node_ids)
+        support = self.resolve_support(support)
+        if support == "none":
+            ranking = Ranking(None, None)
+        elif support == "bank":
+            ranking = self.rank_in_bank(features, node_ids)
+        elif support == "batch":
+            ranking = self.rank(features, node_ids)
+        else:
+            nodes, ids, _, rows = join_bank(self.support_bank, features, node_ids)
+            ranking = Ranking(*(part[rows] for part in self.rank(nodes, ids)))
         output = BPGCNModelOutput(features=features, neighbor_indices=ranking.indices, neighbor_weights=ranking.weights)
         return output if return_dict is not False else output.to_tuple()
 
@@ -173,7 +184,7 @@ class BPGCNForImageClassification(BPGCNPreTrainedModel):
         known = known_classes(classes, self.config.num_labels, ranking.weights.dtype)
         _, propagated = self.label_propagation(self._label_graph(ranking), known)
         self.support_bank.fill(features, classes, ids, graph.degree, propagated, states)
-        self.config.bank_size = len(self.support_bank)
+        self.config.bank_size = self.support_bank.size
         self.train(training)
 
     def _graph(self, ranking: Ranking, support_degree: Tensor | None = None) -> RankingGraph:
@@ -218,7 +229,8 @@ class BPGCNForImageClassification(BPGCNPreTrainedModel):
             node_ids: [B] int64 names of the images: none is its own neighbour, nor is its copy in the bank.
             support_classes: [B] int64 classes that the batch graph may see (-100 unknown), for label propagation.
             support: who the neighbours are. `bank`: the support images, the default outside training. `batch`: the
-                images of this batch, the default in training. `transductive`: both, as one graph.
+                images of this batch, the default in training. `transductive`: both, as one graph. `none`: nobody, and
+                only the features come back.
             train_backbone: off, the backbone runs without gradient and only the head learns.
             output_path_features: return the features as two tensors, one for each path of the gradient.
         """
@@ -226,6 +238,8 @@ class BPGCNForImageClassification(BPGCNPreTrainedModel):
             features = self.bpgcn.embed(pixel_values, features)
         check_classes(self.config.num_labels, labels=labels, support_classes=support_classes)
         support = self.bpgcn.resolve_support(support)
+        if support == "none":
+            return BPGCNImageClassifierOutput(features=features)
         rows = None
         if support == "transductive":
             features, node_ids, support_classes, rows = join_bank(self.support_bank, features, node_ids)

@@ -75,7 +75,8 @@ class BPGCNPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _keep_in_fp32_modules_strict = ("support_bank", "ranking_temperature")
+    # the bank's buffers keep the types that it gives them; named here, their int64 ids would become float32
+    _keep_in_fp32_modules_strict = ("ranking_temperature",)
 
     def _init_weights(self, module):
         if isinstance(module, nn.Linear):
@@ -118,8 +119,11 @@ class BPGCNPreTrainedModel(PreTrainedModel):
         asked_for_info = kwargs.pop("output_loading_info", False)
         kwargs |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        mismatched = [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]]
-        wrong = [k for k in [*mismatched, *info["missing_keys"], *info["unexpected_keys"]] if "support_bank." in k]
+        model.base_model.freeze_unused()  # loading made every parameter anew
+        # an empty bank fits any number of classes, and need not be there
+        mismatched = [name for name, stored, held in info["mismatched_keys"] if stored.numel() or held.numel()]
+        missing = info["missing_keys"] if model.config.bank_size else ()
+        wrong = [k for k in [*mismatched, *missing, *info["unexpected_keys"]] if "support_bank." in k]
         if wrong:
             raise ValueError(
                 f"The support bank in {pretrained_model_name_or_path} and its config"
@@ -136,7 +140,7 @@ class BPGCNPreTrainedModel(PreTrainedModel):
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As in transformers; bank and config are in step, and every Auto class finds its code."""
-        self.config.bank_size = len(self.base_model.support_bank)
+        self.config.bank_size = self.base_model.support_bank.size
         self.config.auto_map = dict(AUTO_MAP)
         # the original key names would lose DINOv2's attention on Trainer's resume (transformers#43701)
         kwargs.setdefault("save_original_format", False)

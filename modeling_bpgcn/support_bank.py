@@ -14,7 +14,7 @@ BANK_DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
 class SupportBank(nn.Module):
-    """M support images as buffers; all of them None while the bank is empty.
+    """M support images as buffers of M rows; an empty bank has buffers too, of no row, so that a state says so.
 
     `features` [M, D]; `classes` [M] int64, -100 unknown; `ids` [M] int64; `degree` [M] in the support graph;
     `propagated` [M, C], the label distribution that a neighbour reads; `state_0` ... [M, ...], the rows that each
@@ -32,10 +32,15 @@ class SupportBank(nn.Module):
         self._shapes = {"features": (config.feature_size,), "propagated": (config.num_labels,), "degree": ()}
         self._shapes |= {"classes": (), "ids": ()} | {name: (width,) for name, width in widths.items()}
         for name in self._shapes:
-            self.register_buffer(name, self._allocate(name, config.bank_size) if config.bank_size else None)
+            self.register_buffer(name, self._allocate(name, config.bank_size))
+
+    @property
+    def size(self) -> int:
+        """M, 0 while empty. (peft's `modules_to_save` wrapper passes attributes on, but not `len`.)"""
+        return self.features.shape[0]
 
     def __len__(self) -> int:
-        return 0 if self.features is None else self.features.shape[0]
+        return self.size
 
     def _allocate(self, name: str, size: int) -> Tensor:
         dtype = torch.long if name in ("classes", "ids") else self.dtype
@@ -58,18 +63,14 @@ class SupportBank(nn.Module):
     def clear(self) -> None:
         """Drop every row, as a step of training makes them stale."""
         for name in self._shapes:
-            setattr(self, name, None)
+            setattr(self, name, getattr(self, name).new_empty(0, *self._shapes[name]))
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         # the checkpoint decides the size: a resumed run or a best model may hold another bank than this one, or none
-        if not any(prefix + name in state_dict for name in self._shapes):
-            return  # a partial state, such as an adapter's, says nothing about the bank
         for name in self._shapes:
             stored, held = state_dict.get(prefix + name), getattr(self, name)
-            if stored is None:
-                setattr(self, name, None)
-            elif held is None or held.shape != stored.shape:
-                setattr(self, name, torch.empty_like(stored, device=None if held is None else held.device))
+            if stored is not None and stored.shape[1:] == held.shape[1:]:
+                setattr(self, name, held.new_empty(stored.shape))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
@@ -78,7 +79,7 @@ def join_bank(bank: SupportBank, features: Tensor, ids: Tensor | None) -> tuple[
 
     The bank's rows come first, then the queries that it does not hold; one that it holds by id takes its row there.
     """
-    size = len(bank)
+    size = bank.size
     if size == 0:
         raise ValueError("support='transductive' needs a support bank: call model.build_support_bank(dataset, ...).")
     if ids is None:

@@ -116,7 +116,7 @@ def test_what_resolves_a_contradiction_is_accepted():
 def test_check_catches_what_was_set_after_construction():
     config = BPGCNConfig()
     config.ranking_temperature = -1.0
-    with pytest.raises(ValueError, match="ranking_temperature=-1.0 must be a number above 0"):
+    with pytest.raises(ValueError, match=r"ranking_temperature=-1\.0 must be a number above 0"):
         config.check()
 
 

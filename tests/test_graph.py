@@ -39,13 +39,13 @@ def symmetrized(A: Tensor, symmetrization: str) -> Tensor:
 
 
 def normalized(A: Tensor, degree: Tensor, source_degree: Tensor, normalization: str) -> Tensor:
-    """Written with divisions; rows without an edge stay zero."""
+    """As PyG's gcn_norm: the inverse of a degree of 0 is 0."""
     if normalization == "none":
         return A
-    rows = torch.where(degree > 0, degree, 1.0)[:, None]
+    rows, sources = (torch.where(d > 0, 1 / torch.where(d > 0, d, 1.0), 0.0) for d in (degree, source_degree))
     if normalization == "row":
-        return A / rows
-    return A / rows.sqrt() / torch.where(source_degree > 0, source_degree, 1.0).sqrt()
+        return rows[:, None] * A
+    return rows.sqrt()[:, None] * A * sources.sqrt()
 
 
 def dense_graph(A: Tensor, *, symmetrization: str, normalization: str, self_loop: str, self_weight: float) -> Tensor:
@@ -152,7 +152,7 @@ def test_a_graph_of_zero_weights_gives_finite_gradients(options, dtype):
     output = graph.propagate(state)
     assert_close(output, state)
     output.square().sum().backward()
-    assert weights.grad.isfinite().all()
+    assert weights.grad.abs().max() < 1e3  # and finite
     assert state.grad.isfinite().all()
 
 

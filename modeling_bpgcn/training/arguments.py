@@ -82,6 +82,8 @@ class BPGCNTrainingArguments(TrainingArguments):
         if self.temperature_schedule not in TEMPERATURE_SCHEDULES:
             known = ", ".join(TEMPERATURE_SCHEDULES)
             raise ValueError(f"temperature_schedule={self.temperature_schedule!r} is unknown: choose one of {known}.")
+        if self.baselines not in BASELINES:
+            raise ValueError(f"baselines={self.baselines!r} is unknown: choose one of {', '.join(BASELINES)}.")
         moving = self.temperature_schedule in ("linear", "cosine")
         if moving and (self.final_temperature is None or self.final_temperature <= 0):
             raise ValueError(
@@ -163,22 +165,23 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple:
     _check_names(parser, [o for o in options if o.removeprefix("no_") not in known], known, "the command line")
     if recipe is None and not arguments:
         parser.error("give a recipe, such as configuration/digits.yaml, or --help.")
-    nested = {name: settings.pop(name) for name in list(settings) if isinstance(settings[name], dict)}
-    # what the recipe sets is no longer required from the command line
     for action in parser._actions:
+        # what the recipe sets is no longer required from the command line
         action.required = action.required and action.dest not in settings
+        if action.nargs == "+" and isinstance(settings.get(action.dest), str):
+            settings[action.dest] = [settings[action.dest]]  # a list of one, written without brackets
     parser.set_defaults(**settings)
-    parsed = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
-    for made in parsed:
-        for name, value in nested.items():
-            if hasattr(made, name):
-                setattr(made, name, value)
+    *parsed, stray = parser.parse_args_into_dataclasses(
+        arguments, look_for_args_file=False, return_remaining_strings=True
+    )
+    if stray:
+        parser.error(f"{' '.join(stray)} belongs to no option; options are written --name value.")
     _, data, training = parsed
     if training.load_best_model_at_end and not (data.validation_split or data.validation_fraction):
         parser.error(
             "load_best_model_at_end would choose on test images: set validation_fraction, or name a validation_split."
         )
-    return parsed
+    return tuple(parsed)
 
 
 def _read_recipe(parser: HfArgumentParser, recipe: str, known: list[str]) -> dict:
@@ -187,10 +190,13 @@ def _read_recipe(parser: HfArgumentParser, recipe: str, known: list[str]) -> dic
         parser.error(
             f"the recipe {recipe} does not exist; the first argument is a YAML file, options follow as --name."
         )
-    settings = yaml.safe_load(path.read_text()) or {}
+    try:
+        settings = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        parser.error(f"the recipe {recipe} is no YAML: {' '.join(str(error).split())}")
     if not isinstance(settings, dict):
         parser.error(f"the recipe {recipe} must hold lines of `name: value`.")
-    _check_names(parser, [name for name in settings if name not in known], known, recipe)
+    _check_names(parser, [str(name) for name in settings if name not in known], known, recipe)
     for name, value in settings.items():
         if isinstance(value, str) and name.endswith(("rate", "decay", "temperature")):
             parser.error(f"{recipe}: {name}: {value} is text to YAML; write a number such as 1.0e-4.")

@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,6 +20,7 @@ from .metrics import classification_metrics
 from .trainer import BPGCNTrainer
 
 FIXED_GRAPH_STEPS = 200
+FINE_TUNED = "trained backbone, linear head"
 # fields of the config that leave a classifier of single images
 LINEAR = {
     "head": "linear",
@@ -28,6 +31,24 @@ LINEAR = {
     "consistency_loss_weight": 0.0,
     "learn_temperature": False,
 }
+
+
+def measure_baselines(trainer: BPGCNTrainer, test_dataset, kinds: str, build_linear: Callable) -> list[dict]:
+    """The baselines asked for (`none`, `frozen` or `all`), from `baselines.json` where a run that was killed has
+    measured them already. `build_linear` makes the fresh model of `fine_tuned_linear`."""
+    if kinds == "none":
+        return []
+    record = Path(trainer.args.output_dir) / "baselines.json"
+    if record.is_file():
+        results = json.loads(record.read_text())
+        if kinds == "frozen" or any(row["method"] == FINE_TUNED for row in results):
+            return results
+    results = frozen_baselines(trainer, test_dataset)
+    if kinds == "all":
+        results += fine_tuned_linear(build_linear(), trainer, test_dataset)
+    if trainer.is_world_process_zero():
+        record.write_text(json.dumps(results, indent=2))
+    return results
 
 
 def frozen_baselines(trainer: BPGCNTrainer, test_dataset) -> list[dict]:
@@ -130,4 +151,4 @@ def fine_tuned_linear(model, trainer: BPGCNTrainer, test_dataset) -> list[dict]:
     metrics = other.evaluate(test_dataset, metric_key_prefix="test")
     names = ("accuracy", "macro_f1", "ece")
     row = {name: metrics[f"test_{name}"] for name in names}
-    return [{"method": "trained backbone, linear head", "baseline": True, **row}]
+    return [{"method": FINE_TUNED, "baseline": True, **row}]

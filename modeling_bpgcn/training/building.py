@@ -11,10 +11,6 @@ from ..modeling_bpgcn import BPGCNForImageClassification
 from .arguments import CONFIG_FIELDS, BPGCNTrainingArguments
 from .images import build_image_processor
 
-# what trains in full beside the adapters, and is saved with them
-FULLY_TRAINED = ["head", "ranking_temperature"]
-
-
 def read_backbone_config(arguments):
     """The backbone's config, from its folder, the Hub, or the recipe."""
     if (arguments.backbone is None) == (arguments.backbone_config is None):
@@ -57,11 +53,14 @@ def _add_adapters(model: BPGCNForImageClassification, arguments):
             f"lora_target_modules={arguments.lora_target_modules} matches no layer of the backbone; its linear layers"
             f" are {', '.join(known)}."
         )
+    # what trains in full beside the adapters, and is saved with them; peft works on a copy, which a schedule of the
+    # temperature would not reach
+    fully_trained = ["head"] * (model.head is not None) + ["ranking_temperature"] * model.config.learn_temperature
     settings = LoraConfig(
         r=arguments.lora_rank,
         lora_alpha=arguments.lora_alpha,
         lora_dropout=arguments.lora_dropout,
         target_modules=pattern,
-        modules_to_save=FULLY_TRAINED,
+        modules_to_save=fully_trained or None,
     )
     return get_peft_model(model, settings)

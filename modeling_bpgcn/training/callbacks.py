@@ -25,8 +25,16 @@ class TemperatureSchedule(TrainerCallback):
             progress = (1 - math.cos(math.pi * progress)) / 2
         return self.initial + (self.final - self.initial) * progress
 
+    def apply(self, model, step: int, max_steps: int) -> None:
+        """Give the model the temperature of `step`."""
+        model.config.ranking_temperature = self.value(step, max_steps)
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        # a resumed run may have no step left
+        self.apply(model, max(state.global_step - 1, 0), state.max_steps)
+
     def on_step_begin(self, args, state, control, model=None, **kwargs):
-        model.config.ranking_temperature = self.value(state.global_step, state.max_steps)
+        self.apply(model, state.global_step, state.max_steps)
 
 
 class SamplerEpoch(TrainerCallback):

@@ -161,7 +161,9 @@ def random_crop_flip(image: PIL.Image.Image) -> PIL.Image.Image:
 
 
 def random_shift(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Move the image by up to an eighth of each side (at least a pixel); what it uncovers is black."""
+    """Move every second image by up to an eighth of each side (at least a pixel); what it uncovers is black."""
+    if torch.rand(()) < 0.5:
+        return image
     reach = [max(1, side // 8) for side in image.size]
     offset = [int(torch.randint(-pixels, pixels + 1, ())) for pixels in reach]
     shifted = PIL.Image.new(image.mode, image.size)
@@ -169,7 +171,7 @@ def random_shift(image: PIL.Image.Image) -> PIL.Image.Image:
     return shifted
 
 
-# All of them draw from torch's global generator: a checkpoint restores it, so a resumed run sees the same images.
+# All of them draw from torch's global generator, which the trainer seeds for each batch (`RepeatableRows`).
 AUGMENTATIONS = {"none": keep, "flip": random_flip, "crop_flip": random_crop_flip, "shift": random_shift}
 
 

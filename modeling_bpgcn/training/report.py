@@ -105,7 +105,7 @@ def write_report(
         "they are also the unlabelled nodes of the training graph" if data.test_in_graph else "never seen in training"
     )
     facts = {
-        "name": data_arguments.dataset,
+        "name": Path(data_arguments.dataset).name if Path(data_arguments.dataset).exists() else data_arguments.dataset,
         "protocol": f"{len(data.test)} test images, {graph}; {labeled} of {len(data.train)} training images labelled.",
         "training images": len(data.train),
         "of these labelled": labeled,
@@ -120,7 +120,7 @@ def write_report(
         results=sorted(results, key=lambda row: bool(row.get("baseline"))),
         settings=settings,
         pictures={caption: name for caption, name in pictures.items() if (folder / name).is_file()},
-        base_model=backbone,
+        base_model=None if backbone is None or Path(backbone).exists() else backbone,
     )
     print(f"\n{format_table(results)}\n\n{facts['protocol']}\n\n{_what_next(folder, data_arguments)}", flush=True)
 

@@ -2,10 +2,14 @@
 
 import dataclasses
 import json
+import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
+from safetensors import SafetensorError
 from torch import nn
 from transformers import TrainingArguments
 
@@ -72,7 +76,8 @@ def prepare_run(output_dir: str, arguments: tuple, needed_bytes: int = 0) -> str
     if free < needed_bytes:
         raise ValueError(
             f"output_dir {folder}: {free / 2**20:.0f} MiB are free, but the checkpoints of this run take about"
-            f" {needed_bytes / 2**20:.0f} MiB. Free some space, choose another --output_dir, or lower --save_total_limit."
+            f" {needed_bytes / 2**20:.0f} MiB. Free some space, or choose another --output_dir or a lower"
+            " --save_total_limit."
         )
     settings, record = read_settings(arguments), folder / RUN_FILE
     if record.is_file():
@@ -106,8 +111,9 @@ def checkpoint_bytes(model: nn.Module, arguments: TrainingArguments) -> int:
 def _check_writable(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write_whole(folder / ".writable", "")
-        (folder / ".writable").unlink(missing_ok=True)
+        probe = folder / f".writable-{os.getpid()}"
+        _write_whole(probe, "")
+        probe.unlink()
     except OSError as error:
         raise OSError(f"output_dir {folder} cannot be written ({error}). Choose another --output_dir.") from error
 
@@ -139,10 +145,25 @@ def _differences(old: dict, new: dict) -> list[str]:
 def last_whole_checkpoint(folder: Path) -> str | None:
     """The newest checkpoint that was written to its end: Trainer writes its state last."""
     checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[-1]), reverse=True)
-    for checkpoint in checkpoints:
-        try:
-            json.loads((checkpoint / "trainer_state.json").read_text())
-        except (OSError, ValueError):
-            continue
-        return str(checkpoint)
-    return None
+    return next((str(checkpoint) for checkpoint in checkpoints if _is_whole(checkpoint)), None)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text())
+    except (OSError, ValueError):
+        return False
+    # weights and optimizer have other names with adapters and with FSDP; without them Trainer starts these afresh
+    parts = ("*model*", "optimizer*", "scheduler.pt", "rng_state*.pth")
+    return all(any(path.is_dir() or path.stat().st_size for path in checkpoint.glob(part)) for part in parts)
+
+
+@contextmanager
+def explained_writing(folder: Path, output_dir: str) -> Iterator[None]:
+    """Turn an error while writing `folder` into an OSError that names it and says from where the run goes on."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer raises RuntimeError
+        last = last_whole_checkpoint(Path(output_dir))
+        goes_on = f"goes on from {last}" if last else "starts from the beginning, as there is no whole checkpoint yet"
+        raise OSError(f"{folder} cannot be written ({error}). Free some space; the same command {goes_on}.") from error

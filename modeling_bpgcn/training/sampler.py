@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import Dataset, Sampler
 
 UNLABELED = -100
 
@@ -167,3 +167,24 @@ class MixedBatchSampler(Sampler[list[int]]):
                 batch += stream.draw(count)
             # Mixed order, so that parts of a batch split over processes hold both kinds.
             yield [batch[i] for i in torch.randperm(len(batch), generator=generator).tolist()]
+
+
+class RepeatableRows(Dataset):
+    """Rows of a data set whose random augmentation depends on the seed and the batch alone.
+
+    Loaders read ahead of the step that is saved: with torch's running generator, a resumed run would see other images.
+    """
+
+    def __init__(self, rows, seed: int):
+        self.rows, self.seed = rows, seed
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitems__(self, indices: list[int]) -> list[dict]:
+        state = np.random.SeedSequence((self.seed, *indices)).generate_state(1, np.uint64)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(int(state[0]))
+            if hasattr(self.rows, "__getitems__"):  # of `datasets`: one call of the transform for all rows
+                return self.rows.__getitems__(indices)
+            return [self.rows[index] for index in indices]

@@ -1,9 +1,12 @@
 """`BPGCNTrainer`: the batch is the graph, the support bank answers."""
 
+import copy
 from collections.abc import Sequence
+from pathlib import Path
 
 import datasets
 import torch
+from peft import PeftModel
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, Trainer
@@ -14,7 +17,8 @@ from .arguments import BPGCNTrainingArguments
 from .callbacks import CurvesCallback, SamplerEpoch, TemperatureSchedule
 from .freezing import GROUPS, freeze_by_pattern, group_of, train_last_blocks
 from .metrics import classification_metrics
-from .sampler import MixedBatchSampler
+from .run_folder import explained_writing
+from .sampler import MixedBatchSampler, RepeatableRows
 
 logger = logging.get_logger(__name__)
 
@@ -41,7 +45,7 @@ class BPGCNTrainer(Trainer):
         train_classes: Sequence[int] | None = None,
         **kwargs,
     ):
-        self.bpgcn = model.get_base_model() if hasattr(model, "peft_config") else model
+        self.bpgcn = model.get_base_model() if isinstance(model, PeftModel) else model
         config = self.bpgcn.config
         if args.trainable_blocks is not None:
             train_last_blocks(self.bpgcn.bpgcn.backbone, args.trainable_blocks)
@@ -57,11 +61,12 @@ class BPGCNTrainer(Trainer):
         self.support_dataset = self.train_dataset if support_dataset is None else support_dataset
         self.train_classes = train_classes
         self._running: dict[str, list[Tensor]] = {}
+        self._temperature_schedule = None
         if args.temperature_schedule in ("linear", "cosine"):
-            schedule = TemperatureSchedule(
+            self._temperature_schedule = TemperatureSchedule(
                 config.ranking_temperature, args.final_temperature, args.temperature_schedule
             )
-            self.add_callback(schedule)
+            self.add_callback(self._temperature_schedule)
         if args.early_stopping_patience is not None:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
         self.add_callback(CurvesCallback())
@@ -71,17 +76,18 @@ class BPGCNTrainer(Trainer):
         if self.train_dataset is None:
             raise ValueError("Training needs a train_dataset.")
         args = self.args
+        seed = args.seed if args.data_seed is None else args.data_seed
         sampler = MixedBatchSampler(
             self._read_classes(),
             batch_size=min(self._train_batch_size, len(self.train_dataset)),
             labeled_batch_fraction=args.labeled_batch_fraction,
             class_balanced=args.class_balanced_batches,
-            seed=args.seed if args.data_seed is None else args.data_seed,
+            seed=seed,
         )
         self.pop_callback(SamplerEpoch)
         self.add_callback(SamplerEpoch(sampler))
         loader = DataLoader(
-            self.train_dataset,
+            RepeatableRows(self.train_dataset, seed),
             batch_sampler=sampler,
             collate_fn=self.data_collator,
             num_workers=args.dataloader_num_workers,
@@ -174,6 +180,7 @@ class BPGCNTrainer(Trainer):
         super().log(logs, start_time)
 
     @torch.no_grad()
+    @torch.random.fork_rng(devices=[])  # a loader draws a seed: the random stream of training goes on as without it
     def embed(self, dataset, description: str) -> tuple[Tensor, Tensor, Tensor]:
         """Features [N, D], classes [N] and ids [N] of a data set, on every process, with a progress bar."""
         model = self.model_wrapped if self.is_fsdp_enabled else self.model
@@ -185,7 +192,7 @@ class BPGCNTrainer(Trainer):
             batch = self._prepare_inputs(batch)
             with self.compute_loss_context_manager():
                 # through forward, the only door that every wrapper knows
-                features = model(pixel_values=batch["pixel_values"], support="batch").features
+                features = model(pixel_values=batch["pixel_values"], support="none").features
             rows = (features, batch["labels"], batch["node_ids"])
             parts.append(self.accelerator.gather_for_metrics(rows))
             bar.update(len(parts[-1][0]))
@@ -224,8 +231,41 @@ class BPGCNTrainer(Trainer):
         classes = self.bpgcn.support_bank.classes.cpu().numpy()
         return classification_metrics(logits, prediction.label_ids, classes[neighbor_indices])
 
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Trainer's card, unless the run's own report has written one."""
+        if not (Path(self.args.output_dir) / "README.md").is_file():
+            super().create_model_card(*args, **kwargs)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As in `Trainer`; a model that is saved by name carries a bank, so that it can answer."""
-        if not _internal_call and len(self.bpgcn.support_bank) == 0 and self.support_dataset is not None:
+        """As in `Trainer`, with a bank, so that the model can answer; of a PEFT model the merged one, which loads like
+        any other, and beside it the `adapter`. Checkpoints stay as `Trainer` makes them."""
+        if _internal_call and output_dir is not None:
+            return super().save_model(output_dir, _internal_call)
+        folder = Path(output_dir or self.args.output_dir)
+        if self.bpgcn.support_bank.size == 0 and self.support_dataset is not None:
             self.build_support_bank()
-        super().save_model(output_dir, _internal_call)
+        with explained_writing(folder, self.args.output_dir):
+            if not isinstance(self.model, PeftModel):
+                return super().save_model(output_dir, _internal_call)
+            if self.args.should_save:
+                self.model.save_pretrained(folder / "adapter")
+                copy.deepcopy(self.model).merge_and_unload().save_pretrained(folder)
+                if self.processing_class is not None:
+                    self.processing_class.save_pretrained(folder)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        with explained_writing(folder, self.args.output_dir):
+            super()._save_checkpoint(model, trial)
+
+    def _load_best_model(self) -> None:
+        # what the best checkpoint need not hold: the bank (PEFT) and the temperature of its step
+        self.bpgcn.support_bank.clear()
+        super()._load_best_model()
+        if self._temperature_schedule is not None:
+            self._temperature_schedule.apply(self.model, self.state.best_global_step - 1, self.state.max_steps)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # the state, written next, says that the checkpoint is whole: it is when every process has written its part
+        self.accelerator.wait_for_everyone()
