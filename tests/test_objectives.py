@@ -250,6 +250,16 @@ def test_unknown_classes_are_rows_of_zeros():
     assert_close(rows, torch.tensor([[0, 0, 1], [0, 0, 0], [1, 0, 0]], dtype=torch.float64))
 
 
+def test_the_objective_knows_repeated_images_by_their_ids():
+    model, x = tiny_model(neighborhood_loss_weight=1.0).train(), torch.randn(N, 8)
+    x[3], ids = x[0], torch.tensor([0, 1, 2, 0, 4, 5, 6, 7, 8, 9])
+    parts = {}
+    for name, node_ids in (("by id", ids), ("by row", None)):
+        parts[name] = model(features=x, labels=LABELS, node_ids=node_ids).loss_parts["neighborhood_loss"]
+    assert_close(parts["by id"], neighborhood_loss(x, LABELS, ids, 0.1, "cosine"))
+    assert (parts["by id"] - parts["by row"]).abs() > 1e-2
+
+
 # --- the gradient's paths, through the model -------------------------------------------------------------------------
 
 

@@ -85,6 +85,22 @@ def test_filling_the_bank_leaves_the_training_mode_alone_and_draws_nothing():
     assert_close(dict(model.support_bank.state_dict()), first, atol=0, rtol=0)
 
 
+def test_an_image_that_is_in_the_bank_twice_is_not_its_own_neighbour_there():
+    model, x = tiny_model(), spread_features(M)
+    x[1], ids = x[0], IDS.clone()
+    ids[1] = ids[0]
+    model.set_support_bank(x, CLASSES_OF, ids)
+    joint = model(features=x, node_ids=ids, support="batch", support_classes=CLASSES_OF)
+    assert not (ids[joint.neighbor_indices] == ids[:, None]).any()
+    states = {}
+    for name, names in (("by id", ids), ("by row", IDS)):
+        model.set_support_bank(x, CLASSES_OF, names)
+        states[name] = model.support_bank.state_0.clone()
+    graph = model._graph(model.bpgcn.rank(x, ids))
+    assert_close(states["by id"], model.head(x, graph)[1][1])
+    assert (states["by id"] - states["by row"])[:2].abs().max() > 1e-3
+
+
 # --- a query is answered as the node it copies -----------------------------------------------------------------------
 
 

@@ -33,8 +33,8 @@ def build_model(arguments, training: BPGCNTrainingArguments, label_names: list[s
     config["id2label"] = dict(enumerate(label_names))
     config["label2id"] = {name: i for i, name in enumerate(label_names)}
     config |= overrides
+    backbone_config = read_backbone_config(arguments)
     if arguments.backbone is None:
-        backbone_config = read_backbone_config(arguments)
         model = BPGCNForImageClassification(BPGCNConfig(backbone_config=backbone_config, **config))
     else:
         revision = arguments.backbone_revision

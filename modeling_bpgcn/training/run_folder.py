@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -129,12 +130,22 @@ def read_settings(arguments: tuple) -> dict:
     """What a run was asked for, without what does not change its result, as JSON can hold it."""
     settings = {}
     for part in arguments:
-        for field in dataclasses.fields(part):
-            value = getattr(part, field.name)
-            default = field.default_factory() if callable(field.default_factory) else field.default
-            if field.name not in INCIDENTAL and not field.name.startswith("_") and field.init and value != default:
-                settings[field.name] = value
+        settings |= {name: value for name, value in _changed(part).items() if name not in INCIDENTAL}
     return json.loads(json.dumps(settings, default=str))
+
+
+def _changed(part) -> dict:
+    """The fields of a dataclass that are not at their default; one that is a dataclass itself (Trainer makes one of
+    `accelerator_config`) as a dict again, as a recipe writes it."""
+    changed = {}
+    for field in dataclasses.fields(part):
+        value = getattr(part, field.name)
+        value = (_changed(value) or None) if dataclasses.is_dataclass(value) else value
+        default = field.default_factory() if callable(field.default_factory) else field.default
+        unset = {repr(value), repr(default)} <= {"None", "False", "''", "[]"}  # Trainer makes one of the other
+        if field.init and not field.name.startswith("_") and value != default and not unset:
+            changed[field.name] = value
+    return changed
 
 
 def _differences(old: dict, new: dict) -> list[str]:
@@ -144,7 +155,8 @@ def _differences(old: dict, new: dict) -> list[str]:
 
 def last_whole_checkpoint(folder: Path) -> str | None:
     """The newest checkpoint that was written to its end: Trainer writes its state last."""
-    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[-1]), reverse=True)
+    numbers = {path: path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")}
+    checkpoints = sorted((path for path in numbers if numbers[path].isdecimal()), key=lambda path: -int(numbers[path]))
     return next((str(checkpoint) for checkpoint in checkpoints if _is_whole(checkpoint)), None)
 
 
@@ -153,9 +165,10 @@ def _is_whole(checkpoint: Path) -> bool:
         json.loads((checkpoint / "trainer_state.json").read_text())
     except (OSError, ValueError):
         return False
-    # weights and optimizer have other names with adapters and with FSDP; without them Trainer starts these afresh
-    parts = ("*model*", "optimizer*", "scheduler.pt", "rng_state*.pth")
-    return all(any(path.is_dir() or path.stat().st_size for path in checkpoint.glob(part)) for part in parts)
+    found = [path.name for path in checkpoint.iterdir() if path.is_dir() or path.stat().st_size]
+    # what Trainer misses it starts afresh, without a word; adapters and FSDP have names of their own
+    parts = (r".*model\.safetensors.*|pytorch_model.*", "optimizer.*", r"scheduler\.pt", r"rng_state.*\.pth")
+    return all(any(re.fullmatch(part, name) for name in found) for part in parts)
 
 
 @contextmanager
