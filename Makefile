@@ -7,10 +7,10 @@ STAMP  := $(VENV)/.bpgcn-setup
 CORES  := $(shell getconf _NPROCESSORS_ONLN)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all check format clean
+.PHONY: help setup demo test test-all test-kernels check format clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "Variables: PYTHON (3.11 or newer, now '$(PYTHON)'), VENV (now '$(VENV)'), ARGS (more pytest or train.py options)"
 
 setup: $(STAMP) ## create the virtual environment with the tested versions
@@ -37,6 +37,10 @@ test: $(STAMP) ## run the tests
 
 test-all: $(STAMP) ## run the tests, the slow ones too
 	$(BIN)/python -m pytest -m "" $(ARGS)
+
+test-kernels: $(STAMP) ## install Triton and run its kernels in its interpreter
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt triton
+	$(BIN)/python -m pytest -q tests/test_triton_kernels.py
 
 check: $(STAMP) ## lint, formatting and the repository's own rules
 	$(BIN)/ruff check .

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .ranking import Ranking
+from .relaxations import Ranking
+from .sparse_ops import neighbor_sum
 
 try:
     import torch_scatter
@@ -188,36 +189,3 @@ def segment_sum(values: Tensor, index: Tensor, size: int, backend: str = "native
             raise ImportError("backend='scatter' needs torch-scatter: pip install torch-scatter --no-build-isolation.")
         return torch_scatter.scatter_add(values, index, dim=0, dim_size=size)
     raise ValueError(f"backend={backend!r} is unknown: choose native or scatter.")
-
-
-def neighbor_sum(indices: Tensor, weights: Tensor, messages: Tensor) -> Tensor:
-    """sum_j weights_ij messages[indices_ij]: [N, k], [N, k], [M, D] -> [N, D], without an N x k x D intermediate to
-    first order; differentiable any number of times."""
-    if torch.compiler.is_compiling():
-        return F.embedding_bag(indices, messages, per_sample_weights=weights, mode="sum")
-    return _NeighborSum.apply(indices, weights, messages)
-
-
-class _NeighborSum(torch.autograd.Function):
-    """`embedding_bag` forward and backward; the gathered form when the backward itself is differentiated, for which
-    `embedding_bag` has no derivative."""
-
-    @staticmethod
-    def forward(indices, weights, messages):
-        return F.embedding_bag(indices, messages, per_sample_weights=weights, mode="sum")
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx, grad):
-        indices, weights, messages = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            grad_weights = (grad[:, None, :] * messages[indices]).sum(-1)
-            spread = (weights[..., None] * grad[:, None, :]).flatten(0, 1)
-            return None, grad_weights, torch.zeros_like(messages).index_add(0, indices.flatten(), spread)
-        with torch.enable_grad():
-            weights, messages = weights.detach().requires_grad_(), messages.detach().requires_grad_()
-            output = F.embedding_bag(indices, messages, per_sample_weights=weights, mode="sum")
-        return None, *torch.autograd.grad(output, (weights, messages), grad.contiguous())

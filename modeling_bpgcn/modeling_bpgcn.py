@@ -93,7 +93,7 @@ class BPGCNModel(BPGCNPreTrainedModel):
             )
         relaxation = config.ranking_relaxation
         if relaxation == "gumbel" and not self.training:
-            relaxation = "softmax"  # answers are not drawn by lot
+            relaxation = "gumbel_mean"  # answers are not drawn by lot
         return soft_topk(
             query,
             key,

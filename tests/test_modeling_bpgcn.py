@@ -265,7 +265,12 @@ def test_fewer_candidates_than_neighbours_is_said_once():
 
 def test_neighbours_are_drawn_by_lot_in_training_only():
     model, x = tiny_model(ranking_relaxation="gumbel", ranking_temperature=0.5), torch.randn(12, 8)
-    assert torch.equal(model.bpgcn.rank(x).weights, soft_topk(x, num_neighbors=3, temperature=0.5).weights)
+    mean = soft_topk(x, num_neighbors=3, temperature=0.5, relaxation="gumbel_mean")
+    assert torch.equal(model.bpgcn.rank(x).weights, mean.weights)
+    model.set_support_bank(x, torch.arange(12) % 3)
+    queries = torch.randn(5, 8)
+    alone = [model(features=query[None]).logits for query in queries]
+    assert_close(torch.cat(alone), model(features=queries).logits)
     model.train()
     assert not torch.equal(model.bpgcn.rank(x).indices, model.bpgcn.rank(x).indices)
 

@@ -67,7 +67,7 @@ def _remote_code_faults(tree: ast.Module) -> list[str]:
             continue
         else:
             continue
-        permitted = allowed | {"torch_scatter"} if id(node) in optional else allowed
+        permitted = allowed | {"torch_scatter", "triton"} if id(node) in optional else allowed
         faults += [f"line {node.lineno}: imports {root}" for root in roots if root not in permitted]
     return faults
 

@@ -1,11 +1,15 @@
 """Small runs that the tests of training share: digits, a tiny backbone, few steps."""
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
+import time
 from functools import cache
 from pathlib import Path
 
+import psutil
 import torch
 import yaml
 from transformers import set_seed
@@ -143,18 +147,27 @@ def script_environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 
-def start_training(*arguments, launcher: tuple[str, ...] = (), stdout=subprocess.PIPE) -> subprocess.Popen:
-    """`train.py` as its own process (group), from the root of the repository."""
+def start_training(*arguments, launcher: tuple[str, ...] = ()) -> subprocess.Popen:
+    """`train.py` as its own process, from the root of the repository."""
     command = [*(launcher or (sys.executable,)), "train.py", *map(str, arguments)]
     return subprocess.Popen(
         command,
         cwd=ROOT,
         env=script_environment(),
-        stdout=stdout,
+        stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        start_new_session=True,
     )
+
+
+def kill(process: subprocess.Popen) -> str:
+    """SIGKILL a process and all that it started (a launcher's workers are in sessions of their own); what it said."""
+    started = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+    process.kill()
+    for child in started:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+    return process.communicate()[0]
 
 
 def train(*arguments, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
@@ -163,6 +176,16 @@ def train(*arguments, launcher: tuple[str, ...] = ()) -> subprocess.CompletedPro
     try:
         output, _ = process.communicate(timeout=120)
     except subprocess.TimeoutExpired:
-        process.kill()
-        raise
+        raise AssertionError(f"train.py did not end:\n{kill(process)}") from None
     return subprocess.CompletedProcess(process.args, process.returncode, output)
+
+
+def kill_after_checkpoint(process: subprocess.Popen, checkpoint: Path, timeout: float = 60) -> None:
+    """Kill a training without warning once a checkpoint is whole, before it is done."""
+    deadline = time.monotonic() + timeout
+    while not (checkpoint / "trainer_state.json").is_file():
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise AssertionError(f"{checkpoint} was not written:\n{kill(process)}")
+        time.sleep(0.005)
+    output = kill(process)
+    assert process.returncode == -signal.SIGKILL, output

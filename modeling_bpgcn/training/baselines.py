@@ -17,6 +17,7 @@ from ..graph import RankingGraph
 from ..heads import LabelPropagation
 from ..objectives import known_classes
 from .metrics import classification_metrics
+from .run_folder import write_whole
 from .trainer import BPGCNTrainer
 
 FIXED_GRAPH_STEPS = 200
@@ -47,7 +48,7 @@ def measure_baselines(trainer: BPGCNTrainer, test_dataset, kinds: str, build_lin
     if kinds == "all":
         results += fine_tuned_linear(build_linear(), trainer, test_dataset)
     if trainer.is_world_process_zero():
-        record.write_text(json.dumps(results, indent=2))
+        write_whole(record, json.dumps(results, indent=2))
     return results
 
 

@@ -11,6 +11,7 @@ from ..modeling_bpgcn import BPGCNForImageClassification
 from .arguments import CONFIG_FIELDS, BPGCNTrainingArguments
 from .images import build_image_processor
 
+
 def read_backbone_config(arguments):
     """The backbone's config, from its folder, the Hub, or the recipe."""
     if (arguments.backbone is None) == (arguments.backbone_config is None):

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from shlex import quote
 
 import torch
 from torch import Tensor
@@ -126,9 +127,10 @@ def write_report(
 
 
 def _what_next(folder: Path, data_arguments: DataArguments) -> str:
-    ask = (
-        f"import modeling_bpgcn; from transformers import pipeline; print(pipeline('image-classification', '{folder}')"
-    )
+    model, image = repr(str(folder)), repr(str(folder / "example.png"))
+    call = f"print(pipeline('image-classification', {model})({image}))"
+    ask = f"import modeling_bpgcn; from transformers import pipeline; {call}"
+    recipe, fewer_folder = folder / RECIPE_FILE, folder.with_name(f"{folder.name}-fewer-labels")
     if data_arguments.labeled_fraction is not None:
         fewer = f"--labeled_fraction {data_arguments.labeled_fraction / 2:g}"
     else:
@@ -141,8 +143,13 @@ Model card       {folder / "README.md"}
 
 Next:
   classify an image
-    .venv/bin/python -c "{ask}('{folder / "example.png"}'))"
+    .venv/bin/python -c {_quoted(ask)}
   train with half of the labels
-    .venv/bin/accelerate launch train.py {folder / RECIPE_FILE} {fewer} --output_dir {folder}-fewer-labels
+    .venv/bin/accelerate launch train.py {quote(str(recipe))} {fewer} --output_dir {quote(str(fewer_folder))}
   look at the logs in a browser
-    .venv/bin/tensorboard --logdir {folder}"""
+    .venv/bin/tensorboard --logdir {quote(str(folder))}"""
+
+
+def _quoted(code: str) -> str:
+    # double quotes read better around code that has single ones, where the shell changes nothing inside them
+    return quote(code) if any(character in code for character in '"$`\\!') else f'"{code}"'

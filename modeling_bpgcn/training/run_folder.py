@@ -97,7 +97,7 @@ def prepare_run(output_dir: str, arguments: tuple, needed_bytes: int = 0) -> str
             " remove the folder."
         )
     (folder / RECIPE_FILE).write_text(yaml.safe_dump(settings, sort_keys=False))
-    _write_whole(record, json.dumps(settings, indent=2, sort_keys=True))
+    write_whole(record, json.dumps(settings, indent=2, sort_keys=True))
     return None
 
 
@@ -113,14 +113,14 @@ def _check_writable(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".writable-{os.getpid()}"
-        _write_whole(probe, "")
+        write_whole(probe, "")
         probe.unlink()
     except OSError as error:
         raise OSError(f"output_dir {folder} cannot be written ({error}). Choose another --output_dir.") from error
 
 
-def _write_whole(path: Path, text: str) -> None:
-    # a reader, or a process killed while writing, sees the old file or the new one
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that a reader, or a process killed while writing, leaves the old one or the new one."""
     part = path.with_name(f"{path.name}.part")
     part.write_text(text)
     part.replace(path)

@@ -141,7 +141,9 @@ class BPGCNTrainer(Trainer):
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         head_only = self.state.global_step < self.args.head_only_steps
-        outputs = model(**inputs, train_backbone=not head_only, output_path_features=True)
+        # by a hook on the model itself: DDP hands on copies of its outputs, which no gradient passes
+        with self.bpgcn.register_forward_hook(self._watch_paths):
+            outputs = model(**inputs, train_backbone=not head_only, output_path_features=True)
         self._watch(outputs, inputs["labels"])
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
@@ -159,6 +161,8 @@ class BPGCNTrainer(Trainer):
             values["temperature"] = self.bpgcn.bpgcn.ranking_temperature()
         for name, value in values.items():
             self._running.setdefault(name, []).append(value)
+
+    def _watch_paths(self, module, args, outputs) -> None:
         for name, path in zip(("ranking", "feature"), outputs.path_features, strict=True):
             if path.requires_grad:
                 path.register_hook(self._norm_recorder(f"{name}_gradient_norm"))
@@ -187,7 +191,8 @@ class BPGCNTrainer(Trainer):
         training = model.training
         model.eval()
         parts = []
-        bar = logging.tqdm(desc=description, total=len(dataset), disable=self.args.disable_tqdm, unit=" images")
+        hidden = self.args.disable_tqdm or not self.is_world_process_zero()
+        bar = logging.tqdm(desc=description, total=len(dataset), disable=hidden, unit=" images")
         for batch in self.get_test_dataloader(dataset):
             batch = self._prepare_inputs(batch)
             with self.compute_loss_context_manager():
@@ -240,14 +245,15 @@ class BPGCNTrainer(Trainer):
         """As in `Trainer`, with a bank, so that the model can answer; of a PEFT model the merged one, which loads like
         any other, and beside it the `adapter`. Checkpoints stay as `Trainer` makes them."""
         if _internal_call and output_dir is not None:
-            return super().save_model(output_dir, _internal_call)
+            super().save_model(output_dir, _internal_call)
+            return
         folder = Path(output_dir or self.args.output_dir)
         if self.bpgcn.support_bank.size == 0 and self.support_dataset is not None:
             self.build_support_bank()
         with explained_writing(folder, self.args.output_dir):
             if not isinstance(self.model, PeftModel):
-                return super().save_model(output_dir, _internal_call)
-            if self.args.should_save:
+                super().save_model(output_dir, _internal_call)
+            elif self.args.should_save:
                 self.model.save_pretrained(folder / "adapter")
                 copy.deepcopy(self.model).merge_and_unload().save_pretrained(folder)
                 if self.processing_class is not None:

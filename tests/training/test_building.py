@@ -77,7 +77,7 @@ def test_a_pretrained_backbone_brings_its_weights(build, pretrained):
 def test_a_backbone_comes_from_one_place(build, processor_of, pretrained, given):
     changes = {"backbone_config": None} if given == "neither" else {"backbone": str(pretrained)}
     for call in (build, processor_of):
-        with pytest.raises(ValueError, match="Give either backbone .* or backbone_config"):
+        with pytest.raises(ValueError, match=r"Give either backbone .* or backbone_config"):
             call(**changes)
 
 
@@ -149,7 +149,9 @@ def test_chosen_layers_get_adapters(build):
 
 
 def test_layer_names_that_match_nothing_are_answered_with_those_that_exist(build):
-    message = r"lora_target_modules=\['query'\] matches no layer of the backbone; its linear layers are fc1, fc2, k_proj, "
+    message = (
+        r"lora_target_modules=\['query'\] matches no layer of the backbone; its linear layers are fc1, fc2, k_proj, "
+    )
     with pytest.raises(ValueError, match=message):
         build(**LORA, lora_target_modules=["query"])
 

@@ -80,7 +80,7 @@ def test_nested_settings_of_trainer_are_kept_as_a_recipe_writes_them(folder, set
     nested = settings(accelerator_config={"even_batches": False})
     prepare_run(str(folder), nested)
     assert yaml.safe_load((folder / "recipe.yaml").read_text())["accelerator_config"] == {"even_batches": False}
-    with pytest.raises(ValueError, match="accelerator_config was {'even_batches': False}, now not set"):
+    with pytest.raises(ValueError, match=r"accelerator_config was \{'even_batches': False\}, now not set"):
         prepare_run(str(folder), settings())
 
 
@@ -242,14 +242,8 @@ def test_the_space_of_checkpoints_is_about_what_their_tensors_take(finished):
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("file write failed")])
 def test_an_error_while_writing_names_the_folder_and_where_the_run_goes_on(interrupted, error):
     part = interrupted / "checkpoint-6"
-    with pytest.raises(OSError, match=f"^{part} cannot be written .* goes on from {interrupted / 'checkpoint-4'}") as e:
-        with explained_writing(part, str(interrupted)):
-            raise error
-    assert e.value.__cause__ is error
-    assert str(error) in str(e.value)
-
-
-def test_what_is_saved_can_be_told_from_what_is_whole(interrupted):
-    """Files of torch are written before the state: a checkpoint with a state has them readable."""
-    checkpoint = Path(last_whole_checkpoint(interrupted))
-    assert set(torch.load(checkpoint / "optimizer.pt", weights_only=True)) == {"state", "param_groups"}
+    message = f"^{part} cannot be written .* goes on from {interrupted / 'checkpoint-4'}"
+    with pytest.raises(OSError, match=message) as raised, explained_writing(part, str(interrupted)):
+        raise error
+    assert raised.value.__cause__ is error
+    assert str(error) in str(raised.value)

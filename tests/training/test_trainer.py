@@ -1,4 +1,4 @@
-"""The trainer: optimizer, batches, what the logs say, evaluation, checkpoints that resume bit for bit, and bad input."""
+"""The trainer: optimizer, batches, logs, evaluation, checkpoints that resume bit for bit, and bad input."""
 
 import copy
 import math
@@ -477,6 +477,8 @@ def test_a_bf16_run_finishes_near_the_float32_one(tmp_path):
     exact, half = (torch.tensor(logged(runs[bf16], "loss")) for bf16 in (False, True))
     assert not torch.equal(exact, half)
     assert torch.allclose(exact, half, rtol=0.05)
+    assert all(norm > 0 for norm in logged(runs[True], "ranking_gradient_norm"))
+    assert len(logged(runs[True], "ranking_gradient_norm")) == len(logged(runs[True], "feature_gradient_norm")) == 3
     assert runs[True].evaluate()["eval_loss"] == pytest.approx(runs[False].evaluate()["eval_loss"], rel=0.1)
     assert all(p.dtype == torch.float32 for p in runs[True].model.parameters())
 
@@ -610,7 +612,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_the_one_before_res
 def test_a_first_checkpoint_that_cannot_be_written_says_that_there_is_none(tmp_path):
     trainer = digit_trainer(tmp_path / "run", max_steps=2, **CHECKPOINTS)
     (tmp_path / "run" / "checkpoint-2").write_text("a file where the folder should be")
-    with pytest.raises(OSError, match="checkpoint-2 cannot be written .* starts from the beginning, as there is no"):
+    with pytest.raises(OSError, match=r"checkpoint-2 cannot be written .* starts from the beginning, as there is no"):
         trainer.train()
 
 
@@ -635,7 +637,7 @@ def test_other_errors_than_writing_pass_as_they_are(tmp_path):
 
     trainer = digit_trainer(tmp_path, max_steps=2, **CHECKPOINTS)
     trainer.add_callback(Odd())
-    with pytest.raises(RuntimeError, match="^something else$"):
+    with pytest.raises(RuntimeError, match=r"^something else$"):
         trainer.train()
 
 

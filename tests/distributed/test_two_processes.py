@@ -1,0 +1,156 @@
+"""Two real processes on the CPU: equal parameters, the same answers as one, and a run that survives being killed."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForImageClassification
+
+from modeling_bpgcn.training.run_folder import last_whole_checkpoint
+from tests.training_factory import (
+    ROOT,
+    digit_trainer,
+    digits,
+    kill_after_checkpoint,
+    script_environment,
+    start_training,
+    train,
+    write_recipe,
+)
+
+# port 0: any free one, since other tests may run at the same time
+LAUNCHER = (
+    str(Path(sys.executable).with_name("accelerate")),
+    "launch",
+    "--config_file",
+    "configuration/accelerate/two_cpu_processes.yaml",
+    "--main_process_port",
+    "0",
+)
+# 8 batches an epoch for each process and a checkpoint each 7 steps: none falls on the end of an epoch
+RUN = {
+    "per_device_train_batch_size": 6,
+    "labeled_batch_fraction": None,
+    "head_only_steps": 3,
+    "max_steps": 55,
+    "save_steps": 7,
+}
+
+SCRIPT = """
+import json, sys
+import torch
+from tests.training_factory import digit_trainer, logged
+
+folder = sys.argv[1]
+trainer = digit_trainer(folder, max_steps=4, head_only_steps=1, transductive_evaluation=True,
+                        per_device_eval_batch_size=7)
+seen = []
+forward = trainer.model.forward
+def record(*args, **kwargs):
+    if trainer.model.training:
+        seen.append(kwargs["node_ids"].tolist())
+    return forward(*args, **kwargs)
+trainer.model.forward = record
+before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+trainer.train()
+metrics = trainer.evaluate()
+rank = trainer.args.process_index
+torch.save({
+    "world_size": trainer.args.world_size,
+    "before": before,
+    "state": trainer.model.state_dict(),
+    "metrics": metrics,
+    "seen": seen,
+    "norms": {n: logged(trainer, n) for n in ("ranking_gradient_norm", "feature_gradient_norm", "grad_norm")},
+}, f"{folder}/rank{rank}.pt")
+trainer.save_model()
+trainer.accelerator.end_training()
+"""
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory) -> tuple[Path, list[dict]]:
+    """What two processes held after four steps together, and the model that they saved."""
+    folder = tmp_path_factory.mktemp("ranks")
+    script = folder / "together.py"
+    script.write_text(SCRIPT)
+    done = subprocess.run(
+        [*LAUNCHER, str(script), str(folder / "run")],
+        cwd=ROOT,
+        env=script_environment() | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "run", [torch.load(folder / "run" / f"rank{rank}.pt") for rank in range(2)]
+
+
+def test_both_processes_end_with_equal_parameters_and_an_equal_bank(ranks):
+    _, (one, two) = ranks
+    assert one["world_size"] == two["world_size"] == 2
+    assert one["state"].keys() == two["state"].keys()
+    for name, value in one["state"].items():
+        assert torch.equal(value, two["state"][name]), name
+    assert len(one["state"]["bpgcn.support_bank.features"]) == len(digits().train)
+    unmoved = {name for name, value in one["before"].items() if torch.equal(value, one["state"][name])}
+    assert unmoved == {"bpgcn.backbone.embeddings.mask_token"}
+
+
+def test_the_processes_train_on_different_images(ranks):
+    _, (one, two) = ranks
+    assert len(one["seen"]) == len(two["seen"]) == 4
+    for first, second in zip(one["seen"], two["seen"], strict=True):
+        assert len(first) == len(second) == 16
+        assert not set(first) & set(second)
+    epoch = {node for part in (one, two) for batch in part["seen"][:2] for node in batch}
+    assert epoch == set(digits().train["node_id"][:])
+
+
+def test_the_gradient_norms_are_logged_there_too(ranks):
+    _, (one, _) = ranks
+    # the first step trains the head alone
+    assert len(one["norms"]["ranking_gradient_norm"]) == len(one["norms"]["feature_gradient_norm"]) == 3
+    assert all(norm > 0 for norms in one["norms"].values() for norm in norms)
+
+
+def test_evaluation_equals_that_of_one_process(ranks):
+    folder, (one, two) = ranks
+    model = AutoModelForImageClassification.from_pretrained(folder)
+    expected = digit_trainer(folder, model, transductive_evaluation=True).evaluate()
+    for name in ("accuracy", "macro_f1", "ece", "neighbor_homophily"):
+        for prefix in ("eval_", "eval_transductive_"):
+            values = [metrics[f"{prefix}{name}"] for metrics in (one["metrics"], two["metrics"], expected)]
+            assert values == pytest.approx([values[0]] * 3, abs=1e-6), f"{prefix}{name}"
+    # Trainer's mean of the loss counts the images that pad the last batch
+    assert one["metrics"]["eval_loss"] == pytest.approx(expected["eval_loss"], rel=0.02)
+    assert 0 < expected["eval_accuracy"] < 1
+
+
+def test_a_run_of_two_processes_killed_mid_epoch_ends_bit_for_bit_as_an_uninterrupted_one(tmp_path):
+    recipe = write_recipe(tmp_path, **RUN)
+    whole = train(recipe, "--output_dir", tmp_path / "whole", launcher=LAUNCHER)
+    assert whole.returncode == 0, whole.stdout
+    assert whole.stdout.count("BPGCN, from the support bank") == 1  # one process reports
+
+    command = (recipe, "--output_dir", tmp_path / "run")
+    process = start_training(*command, launcher=LAUNCHER)
+    kill_after_checkpoint(process, tmp_path / "run" / "checkpoint-14")
+    checkpoint = Path(last_whole_checkpoint(tmp_path / "run"))
+    assert {path.name for path in checkpoint.glob("rng_state*")} == {"rng_state_0.pth", "rng_state_1.pth"}
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    assert 14 <= state["global_step"] < 55
+    assert state["epoch"] > 1
+    assert state["epoch"] % 1 != 0
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+    resumed = train(*command, launcher=LAUNCHER)
+    assert resumed.returncode == 0, resumed.stdout
+    weights = [(tmp_path / run / "model.safetensors").read_bytes() for run in ("whole", "run")]
+    assert weights[0] == weights[1]
+    results = [json.loads((tmp_path / run / "results.json").read_text()) for run in ("whole", "run")]
+    assert results[0] == results[1]

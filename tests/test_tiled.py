@@ -1,0 +1,275 @@
+"""The tiled soft top-k is the dense one: value, first and second derivative, forward mode, ties, masks, memory."""
+
+import itertools
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.autograd import gradcheck, gradgradcheck
+from torch.testing import assert_close
+
+from modeling_bpgcn import tiled
+from modeling_bpgcn.ranking import LOCAL, WITH_TOTAL, soft_topk
+
+PATHS = [(name, "selected") for name in LOCAL] + [(name, "all") for name in WITH_TOTAL]
+METRICS = ("cosine", "euclidean")
+
+
+@pytest.fixture(params=[(8, 4), (8, 3), (64, 4)], ids=["tiles of 8", "uneven blocks", "one tile"])
+def small_tiles(request, monkeypatch):
+    """Tiles that the sizes of the tests do not divide by."""
+    monkeypatch.setattr(tiled, "TILE", request.param[0])
+    monkeypatch.setattr(tiled, "BLOCK", request.param[1])
+
+
+def both(query, key, **options):
+    return [soft_topk(query, key, backend=backend, **options) for backend in ("dense", "tiled")]
+
+
+def leaves(N: int, M: int | None, D: int, tau: float, dtype=torch.float64):
+    """query, key (None: among themselves) and temperature that need a gradient."""
+    query = torch.randn(N, D, dtype=dtype, requires_grad=True)
+    key = None if M is None else torch.randn(M, D, dtype=dtype, requires_grad=True)
+    return query, key, torch.tensor(tau, dtype=dtype, requires_grad=True)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize(("relaxation", "normalization"), PATHS)
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("M", [None, 13])
+@pytest.mark.parametrize("ids", ["none", "unique", "repeated"])
+@pytest.mark.parametrize("tau", [0.05, 1.0])
+def test_values_and_gradients_are_those_of_the_dense_form(relaxation, normalization, metric, M, ids, tau):
+    query, key, temperature = leaves(21, M, 3, tau)
+    options = {"relaxation": relaxation, "normalization": normalization, "metric": metric, "num_neighbors": 4}
+    options |= {"temperature": temperature, "exclude_self": ids != "none"}
+    if ids == "repeated":
+        options |= {"query_ids": torch.arange(21) % 15, "key_ids": None if M is None else torch.arange(M) % 11}
+    dense, tile = both(query, key, **options)
+    assert torch.equal(dense.indices[dense.weights > 0], tile.indices[tile.weights > 0])
+    assert_close(tile.weights, dense.weights, rtol=1e-10, atol=1e-10)
+    upstream = torch.randn_like(dense.weights)
+    inputs = [leaf for leaf in (query, key, temperature) if leaf is not None]
+    expected = torch.autograd.grad(dense.weights, inputs, upstream)
+    assert all(gradient.abs().max() > 0 for gradient in expected)
+    for got, gradient in zip(torch.autograd.grad(tile.weights, inputs, upstream), expected, strict=True):
+        assert_close(got, gradient, rtol=1e-9, atol=1e-10 * float(gradient.abs().max()))
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("normalization", ["all", "selected"])
+def test_keys_without_gradient_leave_the_querys_as_it_is(normalization):
+    query, key, _ = leaves(10, 12, 3, 1.0)
+    options = {"num_neighbors": 3, "temperature": 0.3, "normalization": normalization}
+    upstream = torch.randn(10, 3, dtype=torch.float64)
+    (expected,) = torch.autograd.grad(soft_topk(query, key, backend="tiled", **options).weights, query, upstream)
+    (got,) = torch.autograd.grad(soft_topk(query, key.detach(), backend="tiled", **options).weights, query, upstream)
+    assert got.abs().sum() > 0
+    assert_close(got, expected)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    metric=st.sampled_from(METRICS),
+    path=st.sampled_from([path for path in PATHS if path[0] != "straight_through"]),
+    among=st.booleans(),
+    exclude=st.booleans(),
+    backend=st.sampled_from(["dense", "tiled"]),
+    N=st.integers(3, 7),
+    D=st.integers(1, 3),
+    k=st.integers(1, 8),
+    tau=st.sampled_from([0.01, 0.1, 0.5, 1.0, 10.0]),
+    seed=st.integers(0, 1000),
+)
+def test_every_derivative_is_right(metric, path, among, exclude, backend, N, D, k, tau, seed):
+    torch.manual_seed(seed)
+    query, key, temperature = leaves(N, None if among else 5, D, tau)
+    relaxation, normalization = path
+
+    def weights(query, temperature, key=None):
+        options = {"relaxation": relaxation, "normalization": normalization, "metric": metric, "num_neighbors": k}
+        return soft_topk(query, key, temperature=temperature, exclude_self=exclude, backend=backend, **options).weights
+
+    inputs = (query, temperature) if key is None else (query, temperature, key)
+    # a sharp softmax bends too fast for finite differences of a fixed step: they are taken at matching precision
+    step, tolerance = (1e-6, 1e-4) if tau >= 0.1 else (1e-8, 1e-2)
+    if metric == "cosine" and D == 1:  # cosines of numbers are signs: nothing to differentiate but tau
+        assert gradcheck(lambda t: weights(query.detach(), t, None if key is None else key.detach()), (temperature,))
+        return
+    if not far_from_a_change_of_neighbors(query, key, metric, exclude, k):
+        return
+    scale = {"eps": step, "atol": tolerance, "rtol": tolerance, "nondet_tol": 1e-12}
+    assert gradcheck(weights, inputs, check_forward_ad=True, **scale)
+    if tau >= 0.1:
+        assert gradgradcheck(weights, inputs, **scale)
+
+
+def far_from_a_change_of_neighbors(query, key, metric, exclude, k) -> bool:
+    from modeling_bpgcn.ranking import similarity
+
+    scores = similarity(query, query if key is None else key, metric).detach()
+    if exclude and key is None:
+        scores = scores.masked_fill(torch.eye(len(scores), dtype=torch.bool), -math.inf)
+    best = scores.sort(descending=True).values[:, : k + 2]
+    gaps = (best[:, :-1] - best[:, 1:]).abs()
+    return bool((gaps[gaps.isfinite()] > 1e-4).all())
+
+
+@pytest.mark.parametrize("normalization", ["all", "selected"])
+def test_a_hessian_vector_product_equals_finite_differences(normalization):
+    query = torch.randn(12, 4, dtype=torch.float64, requires_grad=True)
+    direction = torch.randn_like(query)
+
+    def gradient(x):
+        weights = soft_topk(x, num_neighbors=3, temperature=0.4, normalization=normalization, backend="tiled").weights
+        return torch.autograd.grad((weights * torch.arange(3)).square().sum(), x, create_graph=True)[0]
+
+    (product,) = torch.autograd.grad((gradient(query) * direction).sum(), query)
+    assert product.abs().max() > 1e-3
+    step = 1e-5
+    ahead, behind = ((query + sign * step * direction).detach().requires_grad_() for sign in (1, -1))
+    assert_close(product, (gradient(ahead) - gradient(behind)) / (2 * step), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("normalization", ["all", "selected"])
+def test_equal_scores_are_broken_the_same_way_everywhere(metric, normalization):
+    # small whole numbers: every product is exact, so that ties are exact on every path
+    query = torch.randint(-1, 2, (30, 2), generator=torch.Generator().manual_seed(1)).double()
+    query = query / query.norm(dim=1, keepdim=True).clamp_min(1) if metric == "euclidean" else query
+    query[5:9] = query[0]
+    query[11] = 0
+    query = query.requires_grad_()
+    dense, tile = both(query, None, num_neighbors=6, temperature=0.2, metric=metric, normalization=normalization)
+    scores = dense.weights.detach()
+    assert (scores[:, 1:] == scores[:, :-1]).any(), "no ties"
+    if metric == "cosine":
+        assert torch.equal(dense.indices, tile.indices)
+    assert_close(tile.weights, dense.weights)
+    for ranking in (dense, tile):
+        (gradient,) = torch.autograd.grad(ranking.weights.square().sum(), query, retain_graph=True)
+        assert gradient.isfinite().all()
+        equal = ranking.weights[:, 1:] == ranking.weights[:, :-1]
+        assert (ranking.indices[:, 1:] > ranking.indices[:, :-1])[equal].all() or metric == "euclidean"
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_all_rows_alike():
+    query = torch.ones(20, 3, requires_grad=True)
+    dense, tile = both(query, None, num_neighbors=3, temperature=0.1)
+    assert torch.equal(dense.indices, tile.indices)
+    assert dense.indices[0].tolist() == [1, 2, 3]
+    tile.weights.square().sum().backward()
+    assert query.grad.isfinite().all()
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize(("relaxation", "normalization"), PATHS)
+def test_rows_without_candidates_weigh_nothing(relaxation, normalization):
+    query = torch.randn(9, 3, dtype=torch.float64, requires_grad=True)
+    ids = torch.zeros(9, dtype=torch.long)
+    ids[7:] = 1
+    options = {"num_neighbors": 4, "temperature": 0.2, "relaxation": relaxation, "normalization": normalization}
+    dense, tile = both(query, None, query_ids=ids, **options)
+    assert_close(tile.weights, dense.weights)
+    assert (tile.weights[:7] > 0).sum(1).eq(2).all()
+    _, alone = both(query, None, query_ids=torch.zeros_like(ids), **options)
+    assert alone.weights.eq(0).all()
+    (alone.weights.sum() + tile.weights.square().sum()).backward()
+    assert query.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("tau", [0.02, 0.1, 1.0])
+@pytest.mark.parametrize(("relaxation", "normalization"), PATHS)
+def test_in_float32_it_is_as_exact_as_the_dense_form(tau, relaxation, normalization):
+    exact = torch.randn(500, 48, dtype=torch.float64)
+    options = {"num_neighbors": 10, "temperature": tau, "relaxation": relaxation, "normalization": normalization}
+    upstream = torch.randn(500, 10, dtype=torch.float64)
+
+    def run(x, backend):
+        x = x.clone().requires_grad_()
+        weights = soft_topk(x, backend=backend, **options).weights
+        return weights.detach().double(), torch.autograd.grad(weights, x, upstream.to(x.dtype))[0].double()
+
+    reference = run(exact, "dense")
+    errors = {
+        b: [float((a - r).norm()) for a, r in zip(run(exact.float(), b), reference, strict=True)]
+        for b in ("dense", "tiled")
+    }
+    assert reference[1].norm() > 0
+    for ours, theirs, truth in zip(errors["tiled"], errors["dense"], reference, strict=True):
+        assert ours <= 2 * theirs + 1e-7 * float(truth.norm())
+
+
+def test_sharp_temperatures_do_not_underflow():
+    query = torch.randn(40, 8, dtype=torch.float64)
+    for tau in (1e-3, 1e-2, 10.0):
+        dense, tile = both(query, None, num_neighbors=3, temperature=tau, normalization="all")
+        assert tile.weights.isfinite().all()
+        assert_close(tile.weights, dense.weights, rtol=1e-9, atol=1e-12)
+
+
+def test_half_precision_is_ranked_in_float32():
+    x = torch.randn(64, 16)
+    for dtype in (torch.bfloat16, torch.float16):
+        half = x.to(dtype)
+        for normalization in ("all", "selected"):
+            options = {"num_neighbors": 5, "temperature": 0.1, "normalization": normalization, "backend": "tiled"}
+            assert torch.equal(soft_topk(half, **options).indices, soft_topk(half.float(), **options).indices)
+            assert soft_topk(half, **options).weights.dtype == torch.float32
+
+
+def test_what_has_no_tiled_path_says_so():
+    with pytest.raises(ValueError, match=r"backend='tiled' has no relaxation='entmax'.*backend='dense'"):
+        soft_topk(torch.randn(4, 2), num_neighbors=2, temperature=1.0, relaxation="entmax", backend="tiled")
+    with pytest.raises(ValueError, match="backend='sparse' is unknown: choose one of auto, dense, tiled"):
+        soft_topk(torch.randn(4, 2), num_neighbors=2, temperature=1.0, backend="sparse")
+
+
+def test_auto_takes_tiles_when_the_matrix_is_large(monkeypatch):
+    from modeling_bpgcn import ranking
+
+    x = torch.randn(64, 4)
+    chosen = []
+    for limit in (64 * 64, 64 * 64 - 1):
+        monkeypatch.setattr(ranking, "DENSE_SCORES", limit)
+        chosen.append(ranking._choose("auto", 64, 64, "softmax", "all"))
+        soft_topk(x, num_neighbors=3, temperature=0.1)
+    assert chosen == ["dense", "tiled"]
+
+
+MEMORY = """
+import resource, torch
+from modeling_bpgcn.ranking import soft_topk
+torch.set_num_threads(1)
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+small = torch.randn(64, 16, requires_grad=True)
+options = {{"temperature": 0.1, "normalization": "{normalization}", "backend": "tiled"}}
+soft_topk(small, num_neighbors=3, **options).weights.sum().backward()
+x = torch.randn({N}, 16, requires_grad=True)
+before = peak()
+soft_topk(x, num_neighbors=10, **options).weights.sum().backward()
+print(peak() - before)
+"""
+
+
+@pytest.mark.parametrize("normalization", ["all", "selected"])
+def test_the_scores_are_never_held_at_once(normalization):
+    N = 10_000  # 400 MB of scores
+    script = MEMORY.format(N=N, normalization=normalization)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 128
+
+
+def test_exclusions_are_the_pairs_with_one_id(monkeypatch):
+    monkeypatch.setattr(tiled, "TILE", 4)
+    query_ids, key_ids = torch.tensor([3, 1, 4, 1, 5, 9]), torch.tensor([1, 5, 9, 2, 6, 5, 3, 5, 1, 1])
+    found = tiled.find_exclusions(query_ids, key_ids)
+    pairs = sorted(zip(found.rows.tolist(), found.columns.tolist(), strict=True))
+    assert pairs == [(i, j) for i, j in itertools.product(range(6), range(10)) if query_ids[i] == key_ids[j]]
