@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
+from .compiler_ops import compiled_log_sum_exp, compiled_search
 from .log_sum_exp import LogSumExp, Scores
 from .relaxations import RELAXATIONS, Ranking
 from .sparse_ops import edge_dot
@@ -148,20 +149,27 @@ def _rank_dense(query, key, k, temperature, metric, relaxation, normalization, i
 def _rank_tiled(query, key, k, temperature, metric, relaxation, normalization, ids, fused: bool) -> Ranking:
     query, key, bound = inner_product_form(query, key, metric)
     beta = 1 / torch.as_tensor(temperature, dtype=query.dtype, device=query.device)
-    exclusion = None if ids is None else find_exclusions(*ids)
     other = query if key is None else key
     total = normalization == "all"
     kept = min(k + (0 if total else LOCAL[relaxation]), len(other))
+    compiling = torch.compiler.is_compiling()
+    exclusion = None if ids is None or compiling else find_exclusions(*ids)
     with torch.no_grad():
         if fused:
             indices, valid, mass = triton_search(query, other, kept, ids, beta)
+        elif compiling:
+            flat = query.detach(), None if key is None else key.detach()
+            indices, valid, mass = compiled_search(*flat, kept, *(ids or (None, None)), beta if total else None, bound)
         else:
             indices, valid, mass = search(query, key, kept, exclusion, beta if total else None, bound)
     # rows with fewer than k candidates: the weights of the others are 0, and all of a row without any
     empty = ~valid.any(-1, keepdim=True)
     logits = (edge_dot(indices, query, other) * beta).masked_fill(~valid & ~empty, -math.inf)
     if total:
-        mass = LogSumExp.apply(query, key, beta, Scores(ids, exclusion, bound, fused), mass)
+        if compiling:
+            mass = compiled_log_sum_exp(query, key, beta, *(ids or (None, None)), bound, mass)
+        else:
+            mass = LogSumExp.apply(query, key, beta, Scores(ids, exclusion, bound, fused), mass)
         weights = torch.exp(logits - mass[:, None])
         if relaxation == "straight_through":
             share = valid.to(weights.dtype) / valid.sum(-1, keepdim=True).clamp_min(1)

@@ -161,8 +161,8 @@ def _add_exponentials(highest, sums, rows, scores, beta) -> None:
 
 
 def gradient(grad, query, key, beta, exclusion, value) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the log-sum-exp `value` [N] under `grad` [N]: beta diag(g) P key, beta P^T diag(g) query and sum g P s, for query
-    [N, D], key [M, D] and beta [], P the softmax of the scores."""
+    """Of the log-sum-exp `value` [N] under `grad` [N]: beta diag(g) P key, beta P^T diag(g) query and sum g P s, for
+    query [N, D], key [M, D] and beta [], P the softmax of the scores."""
     query_g, key_g = torch.zeros_like(query), torch.zeros_like(key)
     for r, c, scores in _tiles(query, key, exclusion):
         weighted = scores.mul_(beta).sub_(value[r, None]).exp_().mul_(grad[r, None])

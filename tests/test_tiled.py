@@ -273,3 +273,24 @@ def test_exclusions_are_the_pairs_with_one_id(monkeypatch):
     found = tiled.find_exclusions(query_ids, key_ids)
     pairs = sorted(zip(found.rows.tolist(), found.columns.tolist(), strict=True))
     assert pairs == [(i, j) for i, j in itertools.product(range(6), range(10)) if query_ids[i] == key_ids[j]]
+
+
+@pytest.mark.parametrize(("relaxation", "normalization"), PATHS)
+@pytest.mark.parametrize("backend", ["dense", "tiled"])
+@pytest.mark.parametrize("M", [None, 30])
+def test_it_compiles_without_a_graph_break(relaxation, normalization, backend, M):
+    query, key, temperature = leaves(40, M, 8, 0.2, torch.float32)
+    options = {"num_neighbors": 4, "relaxation": relaxation, "normalization": normalization, "backend": backend}
+
+    def weights(query, temperature):
+        return soft_topk(query, key, temperature=temperature, **options).weights
+
+    torch._dynamo.reset()
+    compiled = torch.compile(weights, fullgraph=True, backend="aot_eager")(query, temperature)
+    plain, upstream = weights(query, temperature), torch.randn(40, 4)
+    assert_close(compiled, plain)
+    inputs = [leaf for leaf in (query, key, temperature) if leaf is not None]
+    expected = torch.autograd.grad(plain, inputs, upstream)
+    assert all(gradient.abs().max() > 0 for gradient in expected)
+    for got, gradient in zip(torch.autograd.grad(compiled, inputs, upstream), expected, strict=True):
+        assert_close(got, gradient, rtol=1e-4, atol=1e-5)

@@ -186,15 +186,6 @@ def test_a_run_killed_in_the_middle_of_an_epoch_ends_bit_for_bit_as_an_uninterru
     assert own[0] == own[1]
 
 
-def test_other_settings_in_the_same_folder_are_refused(digit_run):
-    folder, _ = digit_run
-    before = (folder / "model.safetensors").stat().st_mtime_ns
-    done = train(folder / "recipe.yaml", "--output_dir", folder, "--num_neighbors", "5")
-    assert done.returncode == 1
-    assert f"output_dir {folder} holds another run: num_neighbors was 4, now 5" in done.stdout
-    assert (folder / "model.safetensors").stat().st_mtime_ns == before
-
-
 # --- a folder of images -----------------------------------------------------------------------------------------------
 
 

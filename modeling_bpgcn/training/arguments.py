@@ -34,7 +34,9 @@ class BPGCNTrainingArguments(TrainingArguments):
         default_factory=list,
         metadata={"help": "Regular expressions: parameters whose name matches one do not train."},
     )
-    head_only_steps: int = field(default=0, metadata={"help": "Steps in which only the head trains, at the start."})
+    head_only_steps: int = field(
+        default=0, metadata={"help": "Steps at the start in which the backbone does not train."}
+    )
     temperature_schedule: str = field(
         default="constant",
         metadata={"help": "The temperature over the steps.", "choices": TEMPERATURE_SCHEDULES},

@@ -231,9 +231,9 @@ def test_the_space_of_checkpoints_is_about_what_their_tensors_take(finished):
     moments = sum(value.nbytes for state in states for value in state.values())
     assert weights > 10_000
     # those kept and one being written, and the model at the end
-    kept = checkpoint_bytes(model, arguments("unused", save_strategy="steps", save_total_limit=3))
+    kept = checkpoint_bytes(model, arguments(finished, save_strategy="steps", save_total_limit=3))
     assert kept == pytest.approx(5 * weights + 4 * moments, rel=0.02)
-    assert checkpoint_bytes(model, arguments("unused", save_strategy="no")) == pytest.approx(weights, rel=0.02)
+    assert checkpoint_bytes(model, arguments(finished, save_strategy="no")) == pytest.approx(weights, rel=0.02)
 
 
 # --- errors while writing ---------------------------------------------------------------------------------------------

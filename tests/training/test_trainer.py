@@ -736,7 +736,7 @@ def test_identical_images_train_without_a_number_that_is_none(tmp_path):
     assert all(math.isfinite(loss) for loss in logged(trainer, "loss"))
 
 
-def test_classes_are_read_from_the_column_that_the_transform_reads():
+def test_classes_are_read_from_the_column_that_the_transform_reads(tmp_path):
     rows = Dataset.from_dict({"image": [0, 1, 2], "label": [1, -100, 0], "node_id": [0, 1, 2]})
-    trainer = BPGCNTrainer(plain_model(), arguments("unused"), train_dataset=rows.with_transform(lambda rows: rows))
+    trainer = BPGCNTrainer(plain_model(), arguments(tmp_path), train_dataset=rows.with_transform(lambda rows: rows))
     assert list(trainer._read_classes()) == [1, -100, 0]
