@@ -49,10 +49,48 @@ def inner_product_form(query: Tensor, key: Tensor | None, metric: str) -> tuple[
     raise ValueError(f"metric={metric!r} is unknown: choose cosine or euclidean.")
 
 
-def _unit(x: Tensor, eps: float = 1e-6) -> Tensor:
-    # select before dividing: 1 / |x| at a zero row would give a gradient of 1 / eps
+def _unit(x: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():
+        return x * _inverse_norm(x)
+    return _Unit.apply(x)
+
+
+def _inverse_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
+    # 0 for a zero row, where 1 / |x| would give a gradient of 1 / eps
     norm = x.norm(dim=-1, keepdim=True)
-    return torch.where(norm > eps, x, 0.0) / norm.clamp_min(eps)
+    return torch.where(norm > eps, 1 / norm.clamp_min(eps), 0.0)
+
+
+class _Unit(torch.autograd.Function):
+    """x / |x|, which keeps no copy of x for the backward pass."""
+
+    @staticmethod
+    def forward(x):
+        return x * _inverse_norm(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return _project(x, grad)
+
+    @staticmethod
+    def jvp(ctx, tangent):
+        (x,) = ctx.saved_tensors
+        return _project(x, tangent)
+
+
+def _project(x: Tensor, direction: Tensor) -> Tensor:
+    # (I - u u^T) / |x|, a symmetric matrix: it serves the gradient and the tangent
+    inverse = _inverse_norm(x)
+    along = torch.linalg.vecdot(x, direction)[..., None] * inverse**3
+    if torch.is_grad_enabled():
+        return direction * inverse - x * along
+    return (direction * inverse).addcmul_(x, along, value=-1)
 
 
 def soft_topk(

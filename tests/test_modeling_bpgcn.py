@@ -19,7 +19,7 @@ from transformers import (
     BitImageProcessorPil,
 )
 
-from modeling_bpgcn import BPGCNConfig, BPGCNForImageClassification, BPGCNModel
+from modeling_bpgcn import BPGCNConfig, BPGCNForImageClassification, BPGCNModel, ranking
 from modeling_bpgcn import modeling_bpgcn as modeling
 from modeling_bpgcn.modeling_bpgcn import BPGCNImageClassifierOutput, BPGCNModelOutput
 from modeling_bpgcn.ranking import soft_topk
@@ -613,3 +613,40 @@ def test_a_pipeline_in_a_clean_process_answers_a_jpeg(saved, tmp_path):
     assert set(answers) == {"left", "right", "up"}
     for label, log_probability in zip(("left", "right", "up"), logits.tolist(), strict=True):
         assert answers[label] == pytest.approx(math.exp(log_probability), abs=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["dense", "tiled"])
+def test_hessian_vector_product_of_the_whole_loss_equals_finite_differences(backend, monkeypatch):
+    monkeypatch.setattr(ranking, "DENSE_SCORES", 0 if backend == "tiled" else 2**60)
+    weights = {"propagation_loss_weight": 1.0, "neighborhood_loss_weight": 0.5, "consistency_loss_weight": 0.1}
+    model = (
+        tiny_model(ranking_temperature=0.4, ranking_normalization="all", head_dropout=0.0, **weights).double().train()
+    )
+    features = torch.randn(14, 8, dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1, -100, -100, -100, -100, -100, -100])
+    direction = torch.randn_like(features)
+
+    def gradient(x):
+        torch.manual_seed(0)  # the same labels revealed
+        return torch.autograd.grad(model(features=x, labels=labels).loss, x, create_graph=True)[0]
+
+    (product,) = torch.autograd.grad((gradient(features) * direction).sum(), features)
+    assert product.abs().max() > 1e-3
+    step = 1e-5
+    ahead, behind = ((features + sign * step * direction).detach().requires_grad_() for sign in (1, -1))
+    assert_close(product, (gradient(ahead) - gradient(behind)) / (2 * step), rtol=1e-4, atol=1e-5)
+
+
+def test_a_step_is_the_same_dense_and_tiled(monkeypatch):
+    results = []
+    for limit in (2**60, 0):
+        monkeypatch.setattr(ranking, "DENSE_SCORES", limit)
+        torch.manual_seed(0)
+        model = tiny_model(ranking_normalization="all").double().train()
+        features = torch.randn(30, 8, dtype=torch.float64, requires_grad=True)
+        loss = model(features=features, labels=torch.arange(30) % 3).loss
+        results.append((loss, torch.autograd.grad(loss, features)[0]))
+    (dense, dense_gradient), (tiled, tiled_gradient) = results
+    assert dense_gradient.abs().max() > 0
+    assert_close(tiled, dense)
+    assert_close(tiled_gradient, dense_gradient, rtol=1e-9, atol=1e-12)
