@@ -8,7 +8,7 @@ from transformers.configuration_utils import SubConfigSpec
 CHOICES = {
     "pooling": ("cls", "mean", "cls_mean"),
     "ranking_metric": ("cosine", "euclidean"),
-    "ranking_relaxation": ("softmax", "straight_through", "lapsum", "threshold", "entmax", "gumbel"),
+    "ranking_relaxation": ("softmax", "straight_through", "lapsum", "threshold", "entmax", "sparsemax", "gumbel"),
     "ranking_normalization": ("all", "selected"),
     "graph_symmetrization": ("none", "mean", "mutual"),
     "graph_normalization": ("row", "symmetric", "none"),

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .tiled import Exclusion, gradient, row_blocks, symmetric_gradient
+from .tiled import Exclusion, gradient, row_blocks, search, symmetric_gradient
 from .triton_kernels import gradient as triton_gradient
 
 
@@ -21,6 +21,26 @@ class Scores(NamedTuple):
     exclusion: Exclusion | None
     bound: float | None
     triton: bool
+
+
+class Search(torch.autograd.Function):
+    """`tiled.search` as a constant: no derivative of any mode enters it."""
+
+    @staticmethod
+    def forward(query, key, k, exclusion, beta, bound):
+        return search(query, key, k, exclusion, beta, bound)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.mark_non_differentiable(*(tensor for tensor in output if tensor is not None))
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return (None,) * 6
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        return None, None, None
 
 
 class LogSumExp(torch.autograd.Function):

@@ -8,10 +8,10 @@ from torch import Tensor
 from transformers.utils import logging
 
 from .compiler_ops import compiled_log_sum_exp, compiled_search
-from .log_sum_exp import LogSumExp, Scores
+from .log_sum_exp import LogSumExp, Scores, Search
 from .relaxations import RELAXATIONS, Ranking
 from .sparse_ops import edge_dot
-from .tiled import find_exclusions, search
+from .tiled import find_exclusions
 from .triton_kernels import search as triton_search
 from .triton_kernels import triton
 
@@ -199,7 +199,7 @@ def _rank_tiled(query, key, k, temperature, metric, relaxation, normalization, i
             flat = query.detach(), None if key is None else key.detach()
             indices, valid, mass = compiled_search(*flat, kept, *(ids or (None, None)), beta if total else None, bound)
         else:
-            indices, valid, mass = search(query, key, kept, exclusion, beta if total else None, bound)
+            indices, valid, mass = Search.apply(query, key, kept, exclusion, beta if total else None, bound)
     # rows with fewer than k candidates: the weights of the others are 0, and all of a row without any
     empty = ~valid.any(-1, keepdim=True)
     logits = (edge_dot(indices, query, other) * beta).masked_fill(~valid & ~empty, -math.inf)

@@ -133,6 +133,23 @@ def _entmax(logits: Tensor, k: int, normalization: str) -> Ranking:
     return Ranking(order[:, :k], kept / total)
 
 
+def _sparsemax(logits: Tensor, k: int, normalization: str) -> Ranking:
+    """w_j = max(S_j / tau - theta, 0), theta such that a row sums to 1: the projection onto the simplex (Martins and
+    Astudillo 2016, algorithm 1).
+
+    Cost and reach: those of `entmax`, with fewer weights above 0 and a gradient that jumps where one leaves.
+    """
+    best, order = logits.sort(dim=-1, descending=True, stable=True)
+    # more than 1 below the best is outside the support whatever the others are
+    x = (best - best[:, :1]).clamp_min(-2.0)
+    rank = torch.arange(1, x.shape[1] + 1, device=x.device, dtype=x.dtype)
+    total = x.cumsum(-1)
+    support = (1 + rank * x > total).sum(-1, keepdim=True)
+    theta = (total.gather(1, support - 1) - 1) / support
+    kept = (x[:, :k] - theta).clamp_min(0)
+    return Ranking(order[:, :k], kept / kept.sum(-1, keepdim=True) if normalization == "selected" else kept)
+
+
 def _gumbel(logits: Tensor, k: int, normalization: str) -> Ranking:
     """`softmax` of S / tau + Gumbel noise: k neighbours drawn without replacement (Kool et al. 2019), from torch's
     global generator, so that a seed repeats them.
@@ -172,6 +189,7 @@ RELAXATIONS = {
     "lapsum": _lapsum,
     "threshold": _threshold,
     "entmax": _entmax,
+    "sparsemax": _sparsemax,
     "gumbel": _gumbel,
     "gumbel_mean": _gumbel_mean,
 }

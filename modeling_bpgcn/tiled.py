@@ -49,16 +49,24 @@ def _slices(size: int) -> list[slice]:
 
 
 def _tiles(query: Tensor, key: Tensor | None, exclusion: Exclusion | None):
-    """Tiles (rows, columns, scores) of query key^T; with key None of query query^T on and above the diagonal."""
+    """Tiles (rows, columns, scores) of query key^T; with key None of query query^T on and above the diagonal. All share
+    one buffer: a tile is gone when the next one comes."""
+    buffer = query.new_empty(TILE * TILE)
     rows, columns = _slices(len(query)), _slices(len(query) if key is None else len(key))
     other = query if key is None else key
     for i, r in enumerate(rows):
         for j, c in enumerate(columns):
             if key is not None or j >= i:
-                scores = query[r] @ other[c].T
+                scores = _view(buffer, r, c)
+                torch.mm(query[r], other[c].T, out=scores)
                 if exclusion is not None:
                     exclusion.mask(scores, i, j)
                 yield r, c, scores
+
+
+def _view(buffer: Tensor, rows: slice, columns: slice) -> Tensor:
+    shape = rows.stop - rows.start, columns.stop - columns.start
+    return buffer[: shape[0] * shape[1]].view(shape)
 
 
 class _Search:
@@ -178,9 +186,11 @@ def symmetric_gradient(grad, query, beta, exclusion, bound, value) -> tuple[Tens
     query_g = torch.zeros_like(query)
     shift = _shared_shift(beta, bound)
     factor = grad * torch.exp(shift * beta - value) if shift is not None else None
+    buffer = query.new_empty(TILE * TILE)
     for r, c, scores in _tiles(query, None, exclusion):
         if shift is not None:
-            weighted = scores.sub_(shift).mul_(beta).exp_().mul_(factor[r, None] + factor[None, c])
+            both = torch.add(factor[r, None], factor[None, c], out=_view(buffer, r, c))
+            weighted = scores.sub_(shift).mul_(beta).exp_().mul_(both)
         else:
             scores.mul_(beta)
             weighted = torch.exp(scores - value[r, None]).mul_(grad[r, None])

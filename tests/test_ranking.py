@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from modeling_bpgcn.ranking import RELAXATIONS, Ranking, similarity, soft_topk
 
-SMOOTH = ("softmax", "lapsum", "threshold", "entmax")  # whose gradient is the derivative of their value
+SMOOTH = ("softmax", "lapsum", "threshold", "entmax", "sparsemax")  # whose gradient is the derivative of their value
 METRICS = ("cosine", "euclidean")
 NORMALIZATIONS = ("all", "selected")
 
@@ -504,3 +504,18 @@ def test_bad_input_is_named(change, message):
     arguments = {"query": torch.zeros(6, 3), "num_neighbors": 2, "temperature": 0.1} | change
     with pytest.raises(ValueError, match=message):
         soft_topk(arguments.pop("query"), arguments.pop("key", None), **arguments)
+
+
+def test_sparsemax_is_the_projection_onto_the_simplex():
+    query, key = torch.randn(6, 3, dtype=torch.float64), torch.randn(9, 3, dtype=torch.float64)
+    scores = similarity(query, key) / 0.5
+    low, high = scores.amin(1, keepdim=True) - 1, scores.amax(1, keepdim=True)
+    for _ in range(100):
+        theta = (low + high) / 2
+        above = (scores - theta).clamp_min(0).sum(1, keepdim=True) > 1
+        low, high = torch.where(above, theta, low), torch.where(above, high, theta)
+    expected = (scores - theta).clamp_min(0)
+    assert (expected == 0).any(), "nothing is left out"
+    options = {"num_neighbors": 9, "temperature": 0.5, "relaxation": "sparsemax", "normalization": "all"}
+    found = soft_topk(query, key, **options)
+    assert_close(found.weights, expected.gather(1, found.indices))
