@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from modeling_bpgcn.ranking import RELAXATIONS, Ranking, similarity, soft_topk
 
-SMOOTH = ("softmax", "lapsum", "threshold", "entmax", "sparsemax")  # whose gradient is the derivative of their value
+SMOOTH = ("softmax", "lapsum", "threshold", "entmax")  # whose gradient is the derivative of their value
 METRICS = ("cosine", "euclidean")
 NORMALIZATIONS = ("all", "selected")
 
@@ -519,3 +519,8 @@ def test_sparsemax_is_the_projection_onto_the_simplex():
     options = {"num_neighbors": 9, "temperature": 0.5, "relaxation": "sparsemax", "normalization": "all"}
     found = soft_topk(query, key, **options)
     assert_close(found.weights, expected.gather(1, found.indices))
+    query.requires_grad_()
+    wide = options | {"num_neighbors": 4, "temperature": 2.0}
+    weights = soft_topk(query, key, **wide).weights
+    assert torch.autograd.grad(weights.square().sum(), query)[0].abs().max() > 1e-3
+    assert gradcheck(lambda x: soft_topk(x, key, **wide).weights, (query,))
