@@ -19,7 +19,7 @@ logger = logging.get_logger(__name__)
 
 BACKENDS = ("auto", "dense", "tiled", "triton")
 # below this many scores the matrix is the cheaper way
-DENSE_SCORES = 2**22
+DENSE_SCORES = 2**21
 # relaxations whose weights need the best scores only, and how many beyond the k
 LOCAL = {"softmax": 0, "straight_through": 0, "threshold": 1}
 # relaxations that also need the log-sum-exp of all scores, where the normalisation is over all
