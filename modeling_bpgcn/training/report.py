@@ -144,7 +144,7 @@ Model card       {folder / "README.md"}
 Next:
   classify an image
     .venv/bin/python -c {_quoted(ask)}
-  train with half of the labels
+  train with fewer labels
     .venv/bin/accelerate launch train.py {quote(str(recipe))} {fewer} --output_dir {quote(str(fewer_folder))}
   look at the logs in a browser
     .venv/bin/tensorboard --logdir {quote(str(folder))}"""
