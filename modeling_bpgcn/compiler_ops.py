@@ -11,27 +11,23 @@ from .tiled import find_exclusions, gradient, search, symmetric_gradient
 NAMESPACE = "bpgcn_" + re.sub(r"\W", "_", __name__)
 
 
-def _exclusion(query_ids: Tensor | None, key_ids: Tensor | None):
-    return None if query_ids is None else find_exclusions(query_ids, key_ids)
-
-
 @torch.library.custom_op(f"{NAMESPACE}::search", mutates_args=())
 def compiled_search(
     query: Tensor,
     key: Tensor | None,
     k: int,
+    beta: Tensor | None,
     query_ids: Tensor | None,
     key_ids: Tensor | None,
-    beta: Tensor | None,
     bound: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`tiled.search`; the log-sum-exp is empty where no `beta` asks for it."""
-    indices, valid, mass = search(query, key, k, _exclusion(query_ids, key_ids), beta, bound)
+    indices, valid, mass = search(query, key, k, find_exclusions(query_ids, key_ids), beta, bound)
     return indices.clone(), valid, query.new_empty(0) if mass is None else mass
 
 
 @compiled_search.register_fake
-def _(query, key, k, query_ids, key_ids, beta, bound):
+def _(query, key, k, beta, query_ids, key_ids, bound):
     N = query.shape[0]
     shape = query.new_empty(N, k)
     return shape.long(), shape.bool(), query.new_empty(0 if beta is None else N)
@@ -67,7 +63,7 @@ def _log_sum_exp_gradient(
     bound: float | None,
     value: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    exclusion = _exclusion(query_ids, key_ids)
+    exclusion = find_exclusions(query_ids, key_ids)
     if key is not None:
         return gradient(grad, query, key, beta, exclusion, value)
     query_g, _, beta_g = symmetric_gradient(grad, query, beta, exclusion, bound, value)

@@ -11,6 +11,7 @@ from transformers.utils import logging
 from .configuration_bpgcn import BPGCNConfig
 from .graph import RankingGraph
 from .heads import HEADS, LabelPropagation
+from .image_features import check_features, check_pixels, pool_tokens, run_last_blocks
 from .objectives import check_classes, head_loss, known_classes, objective
 from .pretrained import BPGCNImageClassifierOutput, BPGCNModelOutput, BPGCNPreTrainedModel, RankingTemperature
 from .ranking import Ranking, soft_topk
@@ -25,6 +26,7 @@ class BPGCNModel(BPGCNPreTrainedModel):
     """Images to features, and features to their nearest neighbours with differentiable weights."""
 
     _keys_to_ignore_on_load_unexpected = (r"^head\.",)
+    prefix_blocks = 0  # how many blocks `hidden_states` have passed already
 
     def __init__(self, config: BPGCNConfig):
         super().__init__(config)
@@ -41,45 +43,28 @@ class BPGCNModel(BPGCNPreTrainedModel):
             if name.endswith("mask_token") or name.startswith("pooler."):
                 parameter.requires_grad_(False)
 
-    def get_image_features(self, pixel_values: Tensor) -> Tensor:
-        """Pooled features [B, D] of images [B, channels, height, width]."""
-        self._check_pixels(pixel_values)
-        options = {"interpolate_pos_encoding": True} if self._takes_any_size else {}
-        tokens = self.backbone(pixel_values.to(self.backbone.dtype), **options).last_hidden_state
-        if tokens.ndim != 3:
-            kind = self.config.backbone_config.model_type
-            raise ValueError(
-                f"The backbone {kind} returns {tuple(tokens.shape)}, not tokens [batch, sequence, hidden]."
-            )
-        prefix = 1 + getattr(self.config.backbone_config, "num_register_tokens", 0)
-        pooled = {"cls": (0,), "mean": (1,), "cls_mean": (0, 1)}[self.config.pooling]
-        parts = [tokens[:, 0] if part == 0 else tokens[:, prefix:].mean(1) for part in pooled]
-        return torch.cat(parts, dim=-1)
+    def get_image_features(self, pixel_values: Tensor | None = None, hidden_states: Tensor | None = None) -> Tensor:
+        """Pooled features [B, D] of images [B, channels, height, width], or of the hidden states [B, T, D] that the
+        first `prefix_blocks` blocks made of them earlier."""
+        if hidden_states is None:
+            check_pixels(pixel_values, self.config.backbone_config)
+            options = {"interpolate_pos_encoding": True} if self._takes_any_size else {}
+            tokens = self.backbone(pixel_values.to(self.backbone.dtype), **options).last_hidden_state
+        elif self.prefix_blocks == 0:
+            raise ValueError("hidden_states need prefix_blocks, the number of blocks that made them: it is 0.")
+        else:
+            tokens = run_last_blocks(self.backbone, hidden_states, self.prefix_blocks)
+        return pool_tokens(tokens, self.config.pooling, self.config.backbone_config)
 
-    def _check_pixels(self, pixel_values: Tensor) -> None:
-        patch = getattr(self.config.backbone_config, "patch_size", 1)
-        patches = (patch, patch) if isinstance(patch, int) else tuple(patch)
-        if pixel_values.ndim != 4:
-            raise ValueError(f"pixel_values must be [batch, channels, height, width]; got {tuple(pixel_values.shape)}.")
-        for side, p in zip(pixel_values.shape[-2:], patches, strict=True):
-            if side < p or side % p:
-                raise ValueError(
-                    f"Images of {tuple(pixel_values.shape[-2:])} pixels do not divide into patches of {patches}: set"
-                    f" the image processor's size to a multiple, such as {max(p, side // p * p)} or"
-                    f" {(side // p + 1) * p}."
-                )
-
-    def embed(self, pixel_values: Tensor | None, features: Tensor | None) -> Tensor:
-        """The features of a batch, however it came; raises a `ValueError` that names the rows that are not finite."""
-        if (pixel_values is None) == (features is None):
-            raise ValueError("Pass either pixel_values or features.")
-        features = self.get_image_features(pixel_values) if features is None else features
-        if not torch.compiler.is_compiling() and not torch.isfinite(features).all():
-            rows = (~torch.isfinite(features).all(-1)).nonzero()[:, 0].tolist()
-            raise ValueError(
-                f"The features of rows {rows[:10]} of {features.shape[0]} are not finite: look for broken images or"
-                " weights, lower the learning rate, or use bf16 in place of fp16."
-            )
+    def embed(
+        self, pixel_values: Tensor | None, features: Tensor | None, hidden_states: Tensor | None = None
+    ) -> Tensor:
+        """Features [B, D] of a batch, however it came; raises a `ValueError` that names rows that are not finite."""
+        if sum(given is not None for given in (pixel_values, features, hidden_states)) != 1:
+            raise ValueError("Pass either pixel_values or features (or hidden_states, of a prefix cache).")
+        features = self.get_image_features(pixel_values, hidden_states) if features is None else features
+        if not torch.compiler.is_compiling():
+            check_features(features)
         return features
 
     def rank(self, query: Tensor, query_ids=None, key: Tensor | None = None, key_ids=None) -> Ranking:
@@ -91,21 +76,21 @@ class BPGCNModel(BPGCNPreTrainedModel):
                 f"num_neighbors={config.num_neighbors} is more than the {candidates} candidates of this graph:"
                 f" {candidates} are used. Use larger batches or lower num_neighbors."
             )
-        relaxation = config.ranking_relaxation
-        if relaxation == "gumbel" and not self.training:
-            relaxation = "gumbel_mean"  # answers are not drawn by lot
-        return soft_topk(
-            query,
-            key,
-            num_neighbors=config.num_neighbors,
-            temperature=self.ranking_temperature(),
-            metric=config.ranking_metric,
-            relaxation=relaxation,
-            normalization=config.ranking_normalization,
-            exclude_self=config.ranking_exclude_self,
-            query_ids=query_ids,
-            key_ids=key_ids,
-        )
+        return soft_topk(query, key, query_ids=query_ids, key_ids=key_ids, **self.rank_options())
+
+    def rank_options(self) -> dict:
+        """The config's options of `soft_topk`, with the temperature as it is now."""
+        config = self.config
+        # answers are not drawn by lot
+        drawn = config.ranking_relaxation == "gumbel" and not self.training
+        return {
+            "num_neighbors": config.num_neighbors,
+            "temperature": self.ranking_temperature(),
+            "metric": config.ranking_metric,
+            "relaxation": "gumbel_mean" if drawn else config.ranking_relaxation,
+            "normalization": config.ranking_normalization,
+            "exclude_self": config.ranking_exclude_self,
+        }
 
     def rank_in_bank(self, query: Tensor, query_ids: Tensor | None = None) -> Ranking:
         """Rank the support bank for each query; with ids, a query that the bank holds is not its own neighbour."""
@@ -130,11 +115,12 @@ class BPGCNModel(BPGCNPreTrainedModel):
         features: Tensor | None = None,
         node_ids: Tensor | None = None,
         support: str | None = None,
+        hidden_states: Tensor | None = None,
         return_dict: bool | None = None,
     ) -> BPGCNModelOutput | tuple:
-        """Images [B, channels, height, width] or features [B, D] -> features and ranking. `support` as in
-        `BPGCNForImageClassification.forward`; `node_ids` [B] int64 name the images: none is its own neighbour."""
-        features = self.embed(pixel_values, features)
+        """Images [B, channels, height, width], features [B, D] or hidden states [B, T, D] -> features and ranking.
+        `support`, `node_ids` and `hidden_states` as in `BPGCNForImageClassification.forward`."""
+        features = self.embed(pixel_values, features, hidden_states)
         support = self.resolve_support(support)
         if support == "none":
             ranking = Ranking(None, None)
@@ -218,12 +204,16 @@ class BPGCNForImageClassification(BPGCNPreTrainedModel):
         support: str | None = None,
         train_backbone: bool = True,
         output_path_features: bool = False,
+        hidden_states: Tensor | None = None,
+        ranking: Ranking | None = None,
+        num_context: int = 0,
         return_dict: bool | None = None,
     ) -> BPGCNImageClassifierOutput | tuple:
         r"""
         Args:
             pixel_values: [B, channels, height, width] images, or
-            features: [B, D] what the backbone made of them earlier.
+            features: [B, D] what the backbone made of them earlier, or
+            hidden_states: [B, T, D] what the backbone's first `prefix_blocks` blocks made of them earlier.
             labels: [B] int64 classes, -100 unknown. On the batch graph they give the objective of `objectives.py`, else
                 the NLL of the answer; no answer sees them.
             node_ids: [B] int64 names of the images: none is its own neighbour, nor is its copy in the bank.
@@ -233,9 +223,12 @@ class BPGCNForImageClassification(BPGCNPreTrainedModel):
                 only the features come back.
             train_backbone: off, the backbone runs without gradient and only the head learns.
             output_path_features: return the features as two tensors, one for each path of the gradient.
+            ranking: of the batch graph, computed elsewhere from these features.
+            num_context: so many last nodes of the batch graph are context: neighbours whose classes (in `labels`) are
+                always revealed, and of which no loss is asked.
         """
         with torch.set_grad_enabled(train_backbone and torch.is_grad_enabled()):
-            features = self.bpgcn.embed(pixel_values, features)
+            features = self.bpgcn.embed(pixel_values, features, hidden_states)
         check_classes(self.config.num_labels, labels=labels, support_classes=support_classes)
         support = self.bpgcn.resolve_support(support)
         if support == "none":
@@ -251,7 +244,7 @@ class BPGCNForImageClassification(BPGCNPreTrainedModel):
             degree, states, label_graph = bank.degree, bank.states, self._label_graph(ranking, bank.degree)
             z = self.label_propagation.read(label_graph, bank.propagated)
         else:
-            ranking = self.bpgcn.rank(ranked, node_ids)
+            ranking = self.bpgcn.rank(ranked, node_ids) if ranking is None else ranking
             degree, states, label_graph, z = None, None, self._label_graph(ranking), None
             if support_classes is not None:
                 known = known_classes(support_classes, self.config.num_labels, ranking.weights.dtype)
@@ -271,7 +264,9 @@ class BPGCNForImageClassification(BPGCNPreTrainedModel):
         if labels is not None and support == "batch":
             tau = self.bpgcn.ranking_temperature()
             propagation = self.label_propagation
-            loss, parts = objective(self.config, labels, head_logits, propagation, label_graph, ranked, node_ids, tau)
+            loss, parts = objective(
+                self.config, labels, head_logits, propagation, label_graph, ranked, node_ids, tau, num_context
+            )
         elif labels is not None:
             loss = head_loss(logits, labels)
         output = BPGCNImageClassifierOutput(

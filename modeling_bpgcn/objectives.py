@@ -26,20 +26,27 @@ def objective(
     features: Tensor,
     ids: Tensor | None,
     temperature: float | Tensor,
+    num_context: int = 0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The weighted sum of the losses whose weight is not 0, and each of them, unweighted and detached."""
+    """The weighted sum of the losses whose weight is not 0, and each of them, unweighted and detached.
+
+    The last `num_context` of the N nodes are context: their classes are always revealed, and nothing is asked of them.
+    """
     parts = {}
+    asked = slice(0, len(labels) - num_context)
     if config.head_loss_weight and head_logits is not None:
-        parts["head_loss"] = head_loss(head_logits, labels)
+        parts["head_loss"] = head_loss(head_logits[asked], labels[asked])
     if config.propagation_loss_weight:
         parts["propagation_loss"] = masked_propagation_loss(
-            propagation, label_graph, labels, config.num_labels, config.reveal_ratio
+            propagation, label_graph, labels, config.num_labels, config.reveal_ratio, num_context
         )
     if config.neighborhood_loss_weight:
         ids = torch.arange(len(labels), device=labels.device) if ids is None else ids
-        parts["neighborhood_loss"] = neighborhood_loss(features, labels, ids, temperature, config.ranking_metric)
+        parts["neighborhood_loss"] = neighborhood_loss(
+            features, labels, ids, temperature, config.ranking_metric, num_context
+        )
     if config.consistency_loss_weight and head_logits is not None:
-        parts["consistency_loss"] = consistency_loss(head_logits, labels)
+        parts["consistency_loss"] = consistency_loss(head_logits[asked], labels[asked])
     loss = sum(getattr(config, f"{name}_weight") * value for name, value in parts.items())
     return loss, {name: value.detach() for name, value in parts.items()}
 
@@ -77,18 +84,25 @@ def head_loss(log_probabilities: Tensor, labels: Tensor) -> Tensor:
 
 
 def masked_propagation_loss(
-    propagation: LabelPropagation, graph: RankingGraph, labels: Tensor, num_labels: int, reveal_ratio: float
+    propagation: LabelPropagation,
+    graph: RankingGraph,
+    labels: Tensor,
+    num_labels: int,
+    reveal_ratio: float,
+    num_context: int = 0,
 ) -> Tensor:
     """Reveal the classes of a random share of the labelled nodes, propagate them, mean NLL of the others.
 
     Only the edge weights carry this gradient: it is the pure ranking path (relatives: TPN, Liu et al. 2019; masked
-    label prediction, Shi et al. 2021). 0 when fewer than two nodes are labelled.
+    label prediction, Shi et al. 2021). 0 when no node is left to ask, or none to reveal.
     """
-    labeled = (labels >= 0).nonzero()[:, 0]
-    if labeled.numel() < 2:
+    labeled = (labels[: len(labels) - num_context] >= 0).nonzero()[:, 0]
+    least = 0 if (labels[len(labels) - num_context :] >= 0).any() else 1  # context may be all that is revealed
+    if labeled.numel() < 1 + least:
         return graph.edge_weight.sum() * 0.0
-    shuffled = labeled[torch.randperm(labeled.numel(), device=labels.device)]
-    revealed = min(max(round(reveal_ratio * labeled.numel()), 1), labeled.numel() - 1)
+    # drawn on the CPU: the same for every process and device
+    shuffled = labeled[torch.randperm(labeled.numel()).to(labels.device)]
+    revealed = min(max(round(reveal_ratio * labeled.numel()), least), labeled.numel() - 1)
     hidden = shuffled[revealed:]
     seen = labels.index_fill(0, hidden, UNKNOWN)
     z, _ = propagation(graph, known_classes(seen, num_labels, graph.edge_weight.dtype))
@@ -96,15 +110,21 @@ def masked_propagation_loss(
 
 
 def neighborhood_loss(
-    features: Tensor, labels: Tensor, ids: Tensor, temperature: float | Tensor, metric: str
+    features: Tensor,
+    labels: Tensor,
+    ids: Tensor,
+    temperature: float | Tensor,
+    metric: str,
+    num_context: int = 0,
 ) -> Tensor:
     """-log of the soft ranking's mass on a labelled node's own class, among labelled nodes, itself excluded (NCA,
     Goldberger et al. 2005). Nodes without another of their class are left out; 0 when none is left."""
     labeled = (labels >= 0).nonzero()[:, 0]
+    asked = labeled < len(labels) - num_context
     features, classes, ids = features[labeled], labels[labeled], ids[labeled]
     other = ids[:, None] != ids[None, :]
     same = (classes[:, None] == classes[None, :]) & other
-    counted = same.any(-1)
+    counted = same.any(-1) & asked
     if not counted.any():
         return features.sum() * 0.0
     with torch.autocast(features.device.type, enabled=False):

@@ -8,10 +8,9 @@ from torch import Tensor
 from transformers.utils import logging
 
 from .compiler_ops import compiled_log_sum_exp, compiled_search
-from .log_sum_exp import LogSumExp, Scores, Search
+from .log_sum_exp import LogSumExp, Search
 from .relaxations import RELAXATIONS, Ranking
 from .sparse_ops import edge_dot
-from .tiled import find_exclusions
 from .triton_kernels import search as triton_search
 from .triton_kernels import triton
 
@@ -63,6 +62,8 @@ def _inverse_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
 
 class _Unit(torch.autograd.Function):
     """x / |x|, which keeps no copy of x for the backward pass."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(x):
@@ -126,6 +127,8 @@ def soft_topk(
             fused kernels, in float32; `auto` chooses dense or tiled by size. All are differentiable to second order
             and forwards. Of equal scores the first keys are taken.
 
+    `torch.func.vmap` takes batches of features, keys, ids and temperatures: `dense` at once, the others one by one.
+
     Raises:
         ValueError: for an unknown option, a temperature or k out of range, or shapes that do not fit.
     """
@@ -139,7 +142,7 @@ def soft_topk(
     elif among_themselves:
         query_ids = torch.arange(len(query), device=query.device) if query_ids is None else query_ids
         key_ids = query_ids
-    candidates = len(query) - bool(exclude_self) if among_themselves else len(key)
+    candidates = max(len(query) - bool(exclude_self), 0) if among_themselves else len(key)
     k = min(num_neighbors, candidates)
     with torch.autocast(query.device.type, enabled=False):
         query, key = query.to(dtype), None if key is None else key.to(dtype)
@@ -191,30 +194,43 @@ def _rank_tiled(query, key, k, temperature, metric, relaxation, normalization, i
     total = normalization == "all"
     kept = min(k + (0 if total else LOCAL[relaxation]), len(other))
     compiling = torch.compiler.is_compiling()
-    exclusion = None if ids is None or compiling else find_exclusions(*ids)
+    query_ids, key_ids = ids or (None, None)
     with torch.no_grad():
-        if fused:
+        if not compiling:
+            scale = beta if total or fused else None
+            indices, valid, mass = Search.apply(query, key, kept, scale, query_ids, key_ids, bound, fused)
+        elif fused:
             indices, valid, mass = triton_search(query, other, kept, ids, beta)
-        elif compiling:
-            flat = query.detach(), None if key is None else key.detach()
-            indices, valid, mass = compiled_search(*flat, kept, *(ids or (None, None)), beta if total else None, bound)
         else:
-            indices, valid, mass = Search.apply(query, key, kept, exclusion, beta if total else None, bound)
+            flat = query.detach(), None if key is None else key.detach()
+            indices, valid, mass = compiled_search(*flat, kept, beta if total else None, query_ids, key_ids, bound)
+    if not total:
+        mass = None
+    elif compiling:
+        mass = compiled_log_sum_exp(query, key, beta, query_ids, key_ids, bound, mass)
+    else:
+        mass = LogSumExp.apply(query, key, beta, query_ids, key_ids, bound, fused, mass)
+    return weigh(indices, valid, edge_dot(indices, query, other) * beta, mass, k, relaxation)
+
+
+def weigh(indices: Tensor, valid: Tensor, logits: Tensor, mass: Tensor | None, k: int, relaxation: str) -> Ranking:
+    """The relaxation of the best scores of each row.
+
+    Args:
+        indices, valid, logits: [N, kept] of the best candidates, whether they are any, and their scores / tau.
+        mass: [N] log-sum-exp of all scores / tau, to normalise over all; `None` normalises over the k.
+    """
     # rows with fewer than k candidates: the weights of the others are 0, and all of a row without any
     empty = ~valid.any(-1, keepdim=True)
-    logits = (edge_dot(indices, query, other) * beta).masked_fill(~valid & ~empty, -math.inf)
-    if total:
-        if compiling:
-            mass = compiled_log_sum_exp(query, key, beta, *(ids or (None, None)), bound, mass)
-        else:
-            mass = LogSumExp.apply(query, key, beta, Scores(ids, exclusion, bound, fused), mass)
+    logits = logits.masked_fill(~valid & ~empty, -math.inf)
+    if mass is None:
+        local, weights = RELAXATIONS[relaxation](logits, k, "selected")
+        indices, valid = indices.gather(1, local), valid.gather(1, local)
+    else:
         weights = torch.exp(logits - mass[:, None])
         if relaxation == "straight_through":
             share = valid.to(weights.dtype) / valid.sum(-1, keepdim=True).clamp_min(1)
             weights = share + (weights - weights.detach())
-    else:
-        local, weights = RELAXATIONS[relaxation](logits, k, "selected")
-        indices, valid = indices.gather(1, local), valid.gather(1, local)
     return Ranking(indices, weights.masked_fill(~valid, 0.0))
 
 

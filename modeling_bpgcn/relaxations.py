@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .sparse_ops import OneByOne
+
 
 class Ranking(NamedTuple):
     """The k best candidates of each row, best first.
@@ -25,13 +27,38 @@ def best_first(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if torch.compiler.is_compiling():
         values, indices = logits.sort(dim=-1, descending=True, stable=True)
         return values[:, :k], indices[:, :k]
-    values, indices = logits.topk(k, dim=-1)
-    equals_outside = (logits == values[:, -1:]).sum(-1) > (values == values[:, -1:]).sum(-1)
-    tied = equals_outside | (values[:, 1:] == values[:, :-1]).any(-1)
-    if tied.any():
-        indices[tied] = logits[tied].sort(dim=-1, descending=True, stable=True).indices[:, :k]
-        values = logits.gather(1, indices)
-    return values, indices
+    indices = _BestFirst.apply(logits, k)
+    return logits.gather(1, indices), indices
+
+
+class _BestFirst(torch.autograd.Function):
+    """Where the k largest of each row are: a function, as `vmap` cannot look whether there are ties."""
+
+    @staticmethod
+    def forward(logits, k):
+        values, indices = logits.topk(k, dim=-1)
+        equals_outside = (logits == values[:, -1:]).sum(-1) > (values == values[:, -1:]).sum(-1)
+        tied = equals_outside | (values[:, 1:] == values[:, :-1]).any(-1)
+        if tied.any():
+            indices[tied] = logits[tied].sort(dim=-1, descending=True, stable=True).indices[:, :k]
+        return indices
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None, None
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        return None
+
+    @staticmethod
+    def vmap(info, in_dims, logits, k):
+        rows = logits.movedim(in_dims[0], 0)
+        return _BestFirst.apply(rows.flatten(0, 1), k).unflatten(0, rows.shape[:2]), 0
 
 
 def _softmax(logits: Tensor, k: int, normalization: str) -> Ranking:
@@ -108,7 +135,8 @@ def _lapsum(logits: Tensor, k: int, normalization: str) -> Ranking:
 
 
 def _laplace_cdf(x: Tensor) -> Tensor:
-    tail = 0.5 * torch.exp(-x.abs())
+    # not of -|x|, whose derivative at 0, where b meets tied scores, is 0
+    tail = 0.5 * torch.exp(torch.where(x > 0, -x, x))
     return torch.where(x > 0, 1 - tail, tail)
 
 
@@ -166,17 +194,29 @@ def _gumbel_mean(logits: Tensor, k: int, normalization: str, draws: int = 32) ->
 
     Cost: `draws` times that of `gumbel`. Gradient: the candidates that any draw has kept. `gumbel` in evaluation.
     """
-    generator = torch.Generator().manual_seed(0)
+    noise = _gumbel_noise(_FixedUniform.apply(draws, logits.shape[1], logits.dtype).to(logits.device))
     mean = torch.zeros_like(logits)
-    for _ in range(draws):
-        noise = _gumbel_noise(torch.rand(1, logits.shape[1], generator=generator, dtype=logits.dtype).to(logits.device))
-        indices, weights = _softmax(logits + noise, k, normalization)
+    for draw in noise:
+        indices, weights = _softmax(logits + draw, k, normalization)
         mean = mean.scatter_add(1, indices, weights / draws)
     # what no draw has kept comes last, by its score
     order = logits.sort(dim=-1, descending=True, stable=True).indices
     weights, heaviest = best_first(mean.gather(1, order), k)
     indices = order.gather(1, heaviest)
     return Ranking(indices, weights / weights.sum(-1, keepdim=True) if normalization == "selected" else weights)
+
+
+class _FixedUniform(OneByOne):
+    """Random numbers [draws, M] that are always the same: a function, as `vmap` asks of others how they may differ."""
+
+    @staticmethod
+    def forward(draws, columns, dtype):
+        generator = torch.Generator().manual_seed(0)
+        return torch.cat([torch.rand(1, columns, generator=generator, dtype=dtype) for _ in range(draws)])
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.mark_non_differentiable(output)
 
 
 def _gumbel_noise(uniform: Tensor) -> Tensor:

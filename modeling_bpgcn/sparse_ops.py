@@ -13,6 +13,21 @@ from torch import Tensor
 CHUNK = 2**20  # elements of a gathered chunk: small enough to stay in the cache
 
 
+class OneByOne(torch.autograd.Function):
+    """A function that `torch.func.vmap` takes element by element, as it does with data-dependent sizes inside."""
+
+    @classmethod
+    def vmap(cls, info, in_dims, *inputs):
+        def element(b):
+            return (x if dim is None else x.select(dim, b) for x, dim in zip(inputs, in_dims, strict=True))
+
+        results = [cls.apply(*element(b)) for b in range(info.batch_size)]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        stacked = tuple(None if parts[0] is None else torch.stack(parts) for parts in zip(*results, strict=True))
+        return stacked, tuple(None if x is None else 0 for x in stacked)
+
+
 def _neighbor_sum(indices: Tensor, weights: Tensor, x: Tensor) -> Tensor:
     if indices.shape[1] == 0:
         return x.new_zeros(indices.shape[0], x.shape[1])
@@ -38,7 +53,7 @@ def _scatter_sum(indices: Tensor, weights: Tensor, y: Tensor, size: int) -> Tens
     return F.embedding_bag(order // k, y, offsets, per_sample_weights=weights.flatten()[order], mode="sum")
 
 
-class _NeighborSum(torch.autograd.Function):
+class _NeighborSum(OneByOne):
     @staticmethod
     def forward(indices, weights, x):
         return _neighbor_sum(indices, weights, x)
@@ -61,7 +76,7 @@ class _NeighborSum(torch.autograd.Function):
         return _both(neighbor_sum, indices, (weights, x), (weights_t, x_t))
 
 
-class _EdgeDot(torch.autograd.Function):
+class _EdgeDot(OneByOne):
     @staticmethod
     def forward(indices, y, x):
         return _edge_dot(indices, y, x)
@@ -81,7 +96,7 @@ class _EdgeDot(torch.autograd.Function):
         return _both(edge_dot, indices, (y, x), (y_t, x_t))
 
 
-class _ScatterSum(torch.autograd.Function):
+class _ScatterSum(OneByOne):
     @staticmethod
     def forward(indices, weights, y, size):
         return _scatter_sum(indices, weights, y, size)

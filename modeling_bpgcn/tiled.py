@@ -27,8 +27,10 @@ class Exclusion(NamedTuple):
         scores[self.rows[part] - i * TILE, self.columns[part] - j * TILE] = -math.inf
 
 
-def find_exclusions(query_ids: Tensor, key_ids: Tensor) -> Exclusion:
+def find_exclusions(query_ids: Tensor | None, key_ids: Tensor | None) -> Exclusion | None:
     """The pairs with one id."""
+    if query_ids is None:
+        return None
     order = key_ids.argsort(stable=True)
     ordered = key_ids[order]
     first = torch.searchsorted(ordered, query_ids)
@@ -44,7 +46,8 @@ def find_exclusions(query_ids: Tensor, key_ids: Tensor) -> Exclusion:
     return Exclusion(rows[by_tile], columns[by_tile], starts, across)
 
 
-def _slices(size: int) -> list[slice]:
+def slices(size: int) -> list[slice]:
+    """Rows or columns of the tiles."""
     return [slice(start, min(start + TILE, size)) for start in range(0, size, TILE)]
 
 
@@ -52,7 +55,7 @@ def _tiles(query: Tensor, key: Tensor | None, exclusion: Exclusion | None):
     """Tiles (rows, columns, scores) of query key^T; with key None of query query^T on and above the diagonal. All share
     one buffer: a tile is gone when the next one comes."""
     buffer = query.new_empty(TILE * TILE)
-    rows, columns = _slices(len(query)), _slices(len(query) if key is None else len(key))
+    rows, columns = slices(len(query)), slices(len(query) if key is None else len(key))
     other = query if key is None else key
     for i, r in enumerate(rows):
         for j, c in enumerate(columns):
@@ -200,14 +203,3 @@ def symmetric_gradient(grad, query, beta, exclusion, bound, value) -> tuple[Tens
             query_g[c].addmm_(weighted.T, query[r])
     beta_g = (query * query_g).sum() / 2
     return query_g.mul_(beta), None, beta_g
-
-
-def row_blocks(query: Tensor, key: Tensor | None, exclusion: Exclusion | None):
-    """Row blocks with their dense mask [r, M], for the orders of derivative that are not worth tiling both ways."""
-    columns = len(query) if key is None else len(key)
-    for i, r in enumerate(_slices(len(query))):
-        mask = query.new_zeros(r.stop - r.start, columns)
-        if exclusion is not None:
-            for j, c in enumerate(_slices(columns)):
-                exclusion.mask(mask[:, c], i, j)
-        yield r, mask

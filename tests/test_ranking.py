@@ -81,6 +81,11 @@ def test_the_derivative_can_be_differentiated(relaxation, metric, normalization)
     assert gradgradcheck(weights, features(6, 3).requires_grad_())
 
 
+def test_lapsum_has_its_gradient_where_tied_scores_meet_its_threshold():
+    scores = torch.tensor([[2.0, 1.0, 1.0, 0.0]], dtype=torch.float64, requires_grad=True)  # symmetric: b is at 1
+    assert gradcheck(lambda s: RELAXATIONS["lapsum"](s, 2, "all").weights[:, 0], (scores,))
+
+
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 def test_straight_through_is_one_kth_forward_and_softmax_backward(normalization):
     x = features(7, 3).requires_grad_()

@@ -51,6 +51,24 @@ def test_each_has_derivatives_backward_forward_and_twice(size):
         assert gradgradcheck(operator, inputs, check_fwd_over_rev=True)
 
 
+@pytest.mark.parametrize("in_dims", [(0, 0, 0), (None, 0, 0), (0, None, 0), (0, 0, None), (None, None, 1)])
+@pytest.mark.parametrize("operator", [neighbor_sum, edge_dot, lambda i, w, y: scatter_sum(i, w, y, 5)])
+def test_vmap_is_a_loop(operator, in_dims):
+    batches = [edges(4, 5, 3, 2) for _ in range(3)]
+    indices, w, x, y = (torch.stack(parts).detach() for parts in zip(*batches, strict=True))
+    first, second = (y, x) if operator is edge_dot else (w, x) if operator is neighbor_sum else (w, y)
+    inputs = [
+        v[0] if dim is None else v.movedim(0, dim) for v, dim in zip((indices, first, second), in_dims, strict=True)
+    ]
+    elements = [
+        [v if dim is None else v.select(dim, b) for v, dim in zip(inputs, in_dims, strict=True)] for b in range(3)
+    ]
+    gradients = torch.func.grad(lambda *args: operator(*args).square().sum(), argnums=(1, 2))
+    for function in (operator, lambda *args: torch.cat([g.flatten() for g in gradients(*args)])):
+        found = torch.func.vmap(function, in_dims)(*inputs)
+        assert_close(found, torch.stack([function(*element) for element in elements]))
+
+
 def test_only_what_needs_a_gradient_gets_one():
     indices, w, x, _ = edges(4, 5, 3, 2)
     (gradient,) = torch.autograd.grad(neighbor_sum(indices, w, x.detach()).sum(), w)

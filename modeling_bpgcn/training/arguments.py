@@ -12,9 +12,12 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from ..configuration_bpgcn import CHOICES, BPGCNConfig
 from .data import DataArguments
+from .prefix_cache import DTYPES
 
 TEMPERATURE_SCHEDULES = ("constant", "linear", "cosine", "learned")
 BASELINES = ("none", "frozen", "all")
+GRAPH_SCOPES = ("batch", "memory", "full")
+RANKING_SHARDS = ("none", "rows", "ring")
 
 
 @dataclass
@@ -43,6 +46,42 @@ class BPGCNTrainingArguments(TrainingArguments):
     )
     final_temperature: float | None = field(
         default=None, metadata={"help": "Where the linear and cosine schedules end."}
+    )
+    graph_scope: str = field(
+        default="batch",
+        metadata={
+            "help": "What the graph of a step spans: the images of the batch, these and a memory of earlier features,"
+            " or all training images (full, by gradient caching: one step an epoch).",
+            "choices": GRAPH_SCOPES,
+        },
+    )
+    gradient_cache_chunk_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Embed a batch in chunks of so many images, twice, with the activations of one chunk at a time."
+            " With graph_scope full the batch size unless given."
+        },
+    )
+    memory_size: int = field(
+        default=0, metadata={"help": "Rows of the memory of graph_scope memory (4096 unless set)."}
+    )
+    memory_warmup_steps: int = field(
+        default=0, metadata={"help": "Steps at the start in which the memory fills but takes no part."}
+    )
+    prefix_cache: str | None = field(
+        default=None,
+        metadata={"help": "Folder for the output of the backbone's frozen first blocks: computed once, read since."},
+    )
+    prefix_cache_dtype: str = field(
+        default="float16", metadata={"help": "How that output is stored.", "choices": DTYPES}
+    )
+    ranking_shards: str = field(
+        default="none",
+        metadata={
+            "help": "With several processes: each ranks all images (none), its own against all (rows), or its own while"
+            " the features travel round the processes (ring).",
+            "choices": RANKING_SHARDS,
+        },
     )
     labeled_batch_fraction: float | None = field(
         default=None, metadata={"help": "Share of labelled images in each batch; plain shuffled batches unless given."}
@@ -97,8 +136,39 @@ class BPGCNTrainingArguments(TrainingArguments):
                 f"final_temperature={self.final_temperature} has no effect with temperature_schedule="
                 f"{self.temperature_schedule!r}: use linear or cosine."
             )
+        self._check_graph()
         if self.early_stopping_patience is not None and not self.load_best_model_at_end:
             raise ValueError("early_stopping_patience needs load_best_model_at_end true and an eval_strategy.")
+
+    def _check_graph(self) -> None:
+        options = {"graph_scope": GRAPH_SCOPES, "ranking_shards": RANKING_SHARDS, "prefix_cache_dtype": DTYPES}
+        for name, choices in options.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose one of {', '.join(choices)}.")
+        if self.gradient_cache_chunk_size is not None and self.gradient_cache_chunk_size < 1:
+            raise ValueError(f"gradient_cache_chunk_size={self.gradient_cache_chunk_size} must be 1 or more.")
+        if self.memory_size < 0 or self.memory_warmup_steps < 0:
+            raise ValueError("memory_size and memory_warmup_steps must be 0 or more.")
+        if self.graph_scope == "memory":
+            self.memory_size = self.memory_size or 4096
+            if self.ranking_shards != "none":
+                raise ValueError("graph_scope memory ranks on every process: leave ranking_shards at none.")
+        elif self.memory_size or self.memory_warmup_steps:
+            raise ValueError(f"memory_size and memory_warmup_steps need graph_scope memory, not {self.graph_scope}.")
+        if self.graph_scope == "full":
+            if self.labeled_batch_fraction is not None or self.class_balanced_batches:
+                raise ValueError(
+                    "graph_scope full has no batches to mix: leave labeled_batch_fraction and class_balanced_batches"
+                    " out."
+                )
+            if self.gradient_accumulation_steps != 1:
+                raise ValueError("graph_scope full is one step for all images: set gradient_accumulation_steps 1.")
+        if self.ddp_find_unused_parameters:
+            raise ValueError(
+                "ddp_find_unused_parameters true is not needed, as every parameter gets a gradient, and forbids to"
+                " embed and to rank in two calls: leave it out."
+            )
+        self.ddp_find_unused_parameters = False
 
 
 def _model_arguments() -> type:

@@ -2,6 +2,7 @@
 
 import re
 
+import torch
 from torch import nn
 
 GROUPS = ("backbone", "head", "temperature")
@@ -12,6 +13,25 @@ def group_of(name: str) -> str:
     if "ranking_temperature." in name:
         return "temperature"
     return "backbone" if ".backbone." in name else "head"
+
+
+def split_groups(optimizer: torch.optim.Optimizer, model: nn.Module, rates: dict[str, float]) -> None:
+    """Split the optimizer's parameter groups by `group_of`, each with its learning rate; the temperature never decays.
+
+    Raises:
+        ValueError: when no parameter trains.
+    """
+    names = {p: n for n, p in model.named_parameters()}
+    groups = []
+    for old in optimizer.param_groups:
+        for name in GROUPS:
+            members = [p for p in old["params"] if group_of(names[p]) == name]
+            if members:
+                decay = 0.0 if name == "temperature" else old["weight_decay"]
+                groups.append({**old, "params": members, "lr": rates[name], "weight_decay": decay, "name": name})
+    if not groups:
+        raise ValueError("No parameter trains: freeze fewer of them, or raise trainable_blocks.")
+    optimizer.param_groups[:] = groups
 
 
 def freeze_by_pattern(model: nn.Module, patterns: list[str]) -> None:

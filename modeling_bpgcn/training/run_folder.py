@@ -43,6 +43,7 @@ INCIDENTAL = {
     "logging_steps",
     "logging_strategy",
     "output_dir",
+    "prefix_cache",
     "project",
     "push_to_hub",
     "report_to",

@@ -50,7 +50,7 @@ class MixedBatchSampler(Sampler[list[int]]):
             for a class with fewer images than its turn asks for.
         drop_last (`bool`, defaults to `True`):
             Leave out the last, smaller batch of a plain epoch: its graph would be another one. Mixed batches are
-            always full. Accelerate reads it too: batches that do not suffice for all processes are left out.
+            always full.
         seed (`int`, defaults to 0): 0 or more.
 
     Raises:
@@ -91,7 +91,6 @@ class MixedBatchSampler(Sampler[list[int]]):
             )
 
         self.num_images = len(classes)
-        # Never more than there are images: accelerate takes a batch below batch_size for an unfinished one.
         self.batch_size = min(batch_size, self.num_images)
         self.drop_last = drop_last
         self.seed = seed
@@ -131,11 +130,6 @@ class MixedBatchSampler(Sampler[list[int]]):
             drawn, batches = (self.quotas[group] * G + self.extra, G) if group in is_open else (self.quotas[group], 1)
             self.num_batches = max(self.num_batches, -(-size * batches // drawn))
 
-    @property
-    def sampler(self) -> "MixedBatchSampler":
-        """Itself: where accelerate (1.15) looks for `set_epoch` once it has wrapped the batch sampler."""
-        return self
-
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order the next iteration yields."""
         self.epoch = epoch
@@ -167,6 +161,45 @@ class MixedBatchSampler(Sampler[list[int]]):
                 batch += stream.draw(count)
             # Mixed order, so that parts of a batch split over processes hold both kinds.
             yield [batch[i] for i in torch.randperm(len(batch), generator=generator).tolist()]
+
+
+class ProcessShare(Sampler[list[int]]):
+    """The part of each batch that one of several processes embeds, at most `chunk_size` images at a time.
+
+    Parts follow each other in the order of the processes and differ by one image at most; none is repeated, as a repeat
+    would be a second node of the graph.
+
+    Raises:
+        ValueError: when a batch has fewer images than there are processes.
+    """
+
+    def __init__(
+        self,
+        batch_sampler: MixedBatchSampler,
+        process_index: int = 0,
+        num_processes: int = 1,
+        chunk_size: int | None = None,
+    ):
+        if batch_sampler.batch_size < num_processes:
+            raise ValueError(
+                f"A batch of {batch_sampler.batch_size} images leaves some of {num_processes} processes without any:"
+                " use larger batches or fewer processes."
+            )
+        self.batch_sampler = batch_sampler
+        self.process_index, self.num_processes, self.chunk_size = process_index, num_processes, chunk_size
+
+    def _chunks(self, batch_size: int) -> list[slice]:
+        start, end = (batch_size * part // self.num_processes for part in (self.process_index, self.process_index + 1))
+        size = self.chunk_size or end - start
+        return [slice(first, min(first + size, end)) for first in range(start, end, size)]
+
+    def __len__(self) -> int:
+        return len(self.batch_sampler) * len(self._chunks(self.batch_sampler.batch_size))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in self.batch_sampler:
+            for part in self._chunks(len(batch)):
+                yield batch[part]
 
 
 class RepeatableRows(Dataset):

@@ -1,30 +1,39 @@
-"""`BPGCNTrainer`: the batch is the graph, the support bank answers."""
+"""`BPGCNTrainer`: a batch, a batch and its memory, or all images are the graph; the support bank answers."""
 
+import contextlib
 import copy
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import datasets
+import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-from transformers import EarlyStoppingCallback, Trainer
+from transformers import EarlyStoppingCallback
 from transformers.trainer_utils import seed_worker
 from transformers.utils import logging
 
+from ..ranking import Ranking
 from .arguments import BPGCNTrainingArguments
 from .callbacks import CurvesCallback, SamplerEpoch, TemperatureSchedule
-from .freezing import GROUPS, freeze_by_pattern, group_of, train_last_blocks
-from .metrics import classification_metrics
+from .evaluation import BankEvaluator
+from .feature_memory import FeatureMemory
+from .freezing import freeze_by_pattern, split_groups, train_last_blocks
+from .gather import gather_rows
+from .gradient_cache import GradientCache, WholeSet, split_rows
+from .prefix_cache import cache_prefix
 from .run_folder import explained_writing
-from .sampler import MixedBatchSampler, RepeatableRows
+from .sampler import MixedBatchSampler, ProcessShare, RepeatableRows
+from .sharded_ranking import rank_ring, rank_rows
+from .statistics import StepStatistics
 
-logger = logging.get_logger(__name__)
 
-
-class BPGCNTrainer(Trainer):
-    """`Trainer` for `BPGCNForImageClassification`.
+class BPGCNTrainer(BankEvaluator):
+    """`Trainer` for `BPGCNForImageClassification`; with several processes, one graph spans what all of them embed.
 
     Rows of its data sets are `pixel_values`, `labels` (-100 unknown) and `node_ids`. Evaluation embeds the support
     images, fills the bank, and answers from it; metrics are accuracy, macro-F1, ECE and neighbour homophily.
@@ -60,7 +69,9 @@ class BPGCNTrainer(Trainer):
             self.compute_metrics = self._metrics
         self.support_dataset = self.train_dataset if support_dataset is None else support_dataset
         self.train_classes = train_classes
-        self._running: dict[str, list[Tensor]] = {}
+        self._statistics = StepStatistics()
+        self._memory = FeatureMemory(args.memory_size, args.memory_warmup_steps) if args.memory_size else None
+        self._micro_step = (-1, 0)  # optimizer step and which of its batches
         self._temperature_schedule = None
         if args.temperature_schedule in ("linear", "cosine"):
             self._temperature_schedule = TemperatureSchedule(
@@ -71,32 +82,51 @@ class BPGCNTrainer(Trainer):
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
         self.add_callback(CurvesCallback())
 
-    def get_train_dataloader(self) -> DataLoader:
-        """Batches of `MixedBatchSampler`: their make-up is that of the graph."""
+    def get_train_dataloader(self) -> DataLoader | WholeSet:
+        """This process's part of the batches of `MixedBatchSampler`: their make-up is that of the graph."""
         if self.train_dataset is None:
             raise ValueError("Training needs a train_dataset.")
         args = self.args
         seed = args.seed if args.data_seed is None else args.data_seed
+        whole = args.graph_scope == "full"
+        batch_size = len(self.train_dataset) if whole else self._train_batch_size * args.world_size
         sampler = MixedBatchSampler(
             self._read_classes(),
-            batch_size=min(self._train_batch_size, len(self.train_dataset)),
+            batch_size=min(batch_size, len(self.train_dataset)),
             labeled_batch_fraction=args.labeled_batch_fraction,
             class_balanced=args.class_balanced_batches,
             seed=seed,
         )
         self.pop_callback(SamplerEpoch)
         self.add_callback(SamplerEpoch(sampler))
+        chunk_size = (args.gradient_cache_chunk_size or self._train_batch_size) if whole else None
         loader = DataLoader(
-            RepeatableRows(self.train_dataset, seed),
-            batch_sampler=sampler,
+            RepeatableRows(self._training_rows(), seed),
+            batch_sampler=ProcessShare(sampler, args.process_index, args.world_size, chunk_size),
             collate_fn=self.data_collator,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
             worker_init_fn=lambda worker: seed_worker(worker, args.dataloader_num_workers, args.process_index),
+            generator=torch.Generator(),  # a loader draws a seed: not from the random stream of training
         )
-        return self.accelerator.prepare(loader)
+        return WholeSet(loader) if whole else loader
+
+    def _training_rows(self):
+        """The training images, or what the backbone's frozen blocks have made of them."""
+        args = self.args
+        if args.prefix_cache is None:
+            return self.train_dataset
+        return cache_prefix(
+            self.bpgcn,
+            self.train_dataset,
+            args.prefix_cache,
+            dtype=args.prefix_cache_dtype,
+            batch_size=args.per_device_eval_batch_size,
+            num_workers=args.dataloader_num_workers,
+            progress=not args.disable_tqdm,
+        )
 
     def _read_classes(self) -> Sequence[int]:
         if self.train_classes is not None:
@@ -114,127 +144,101 @@ class BPGCNTrainer(Trainer):
         if self.optimizer is not None:
             return self.optimizer
         optimizer = super().create_optimizer(model)
-        names = {p: n for n, p in (self.model if model is None else model).named_parameters()}
-        rates = dict.fromkeys(GROUPS, self.args.learning_rate)
-        rates |= {"head": self.args.head_learning_rate, "temperature": self.args.temperature_learning_rate}
-        if self.args.backbone_learning_rate is not None:
-            rates["backbone"] = self.args.backbone_learning_rate
-        groups = []
-        for old in optimizer.param_groups:
-            for name in GROUPS:
-                members = [p for p in old["params"] if group_of(names[p]) == name]
-                if members:
-                    decay = 0.0 if name == "temperature" else old["weight_decay"]
-                    groups.append({**old, "params": members, "lr": rates[name], "weight_decay": decay, "name": name})
-        if not groups:
-            raise ValueError("No parameter trains: freeze fewer of them, or raise trainable_blocks.")
-        optimizer.param_groups[:] = groups
+        args = self.args
+        backbone = args.learning_rate if args.backbone_learning_rate is None else args.backbone_learning_rate
+        rates = {"backbone": backbone, "head": args.head_learning_rate, "temperature": args.temperature_learning_rate}
+        split_groups(optimizer, self.model if model is None else model, rates)
         return optimizer
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
-        """A step of `Trainer`; a bank built before it is dropped, since the step makes it stale."""
+        """A step of `Trainer`, of images in chunks by gradient caching; a bank built before it is dropped as stale."""
         self.bpgcn.support_bank.clear()
-        return super().training_step(model, inputs, num_items_in_batch)
+        size, trains = self.args.gradient_cache_chunk_size, self._backbone_trains()
+        chunks = inputs["chunks"] if "chunks" in inputs else split_rows(inputs, size) if size else None
+        if chunks is not None:
+            model.train()
+            cache = GradientCache(chunks, partial(self._features, model), self._progress)
+            inputs = cache.embed(self.args.device, trains)
+        no_sync = partial(self.accelerator.no_sync, model)
+        again = chunks is not None and trains
+        with no_sync() if again else contextlib.nullcontext():
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        if again:
+            cache.backward(inputs["features"].grad, no_sync, partial(_touch, model))
+        if not trains:  # an exchange between processes leaves gradients of 0, under which weights would decay
+            for parameter in self.bpgcn.bpgcn.backbone.parameters():
+                parameter.grad = None
+        return loss
+
+    def _progress(self, chunks: Collection, description: str) -> Collection:
+        hidden = self.args.disable_tqdm or self.args.graph_scope != "full" or not self.is_world_process_zero()
+        return logging.tqdm(chunks, desc=description, disable=hidden, leave=False, unit=" chunks")
+
+    def _backbone_trains(self) -> bool:
+        late = self.state.global_step >= self.args.head_only_steps
+        return late and any(p.requires_grad for p in self.bpgcn.bpgcn.backbone.parameters())
+
+    def _features(self, model, batch: dict[str, Tensor]) -> Tensor:
+        """Features [B, D] of a batch, through the forward pass, the only door that every wrapper knows."""
+        images = {name: value for name, value in batch.items() if name in ("pixel_values", "hidden_states")}
+        with self.compute_loss_context_manager():
+            outputs = model(**self._prepare_inputs(images), support="none", train_backbone=self._backbone_trains())
+        return outputs.features
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The model's loss; in training also what the logs say of the ranking and of the gradient's two paths."""
+        """The model's loss; in training that of the graph over all processes' images, and what the logs say of it."""
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        head_only = self.state.global_step < self.args.head_only_steps
+        features = inputs["features"] if "features" in inputs else self._features(model, inputs)
+        local = {"features": features, "labels": inputs["labels"], "node_ids": inputs["node_ids"]}
+        nodes = {name: gather_rows(rows) for name, rows in local.items()}
+        graph, asked = nodes, len(nodes["labels"])
+        if self._memory is not None:
+            step = self.state.global_step
+            self._statistics.update(self._memory.staleness(nodes["features"], nodes["node_ids"], step))
+            graph = self._memory.extend(nodes, step)
         # by a hook on the model itself: DDP hands on copies of its outputs, which no gradient passes
-        with self.bpgcn.register_forward_hook(self._watch_paths):
-            outputs = model(**inputs, train_backbone=not head_only, output_path_features=True)
-        self._watch(outputs, inputs["labels"])
-        return (outputs.loss, outputs) if return_outputs else outputs.loss
-
-    @torch.no_grad()
-    def _watch(self, outputs, labels: Tensor) -> None:
-        weights, neighbors = outputs.neighbor_weights.detach(), labels[outputs.neighbor_indices]
-        share = weights / weights.sum(-1, keepdim=True).clamp_min(1e-12)
-        entropy = torch.special.entr(share).sum(-1)
-        known = (labels[:, None] >= 0) & (neighbors >= 0)
-        same = (neighbors == labels[:, None])[known].float()
-        values = dict(outputs.loss_parts) | {"effective_neighbors": entropy.exp().mean()}
-        if len(same):
-            values["homophily"] = same.mean()
+        with self._graph_noise(), self.bpgcn.register_forward_hook(self._statistics.watch_paths):
+            outputs = model(
+                **graph,
+                num_context=len(graph["labels"]) - asked,
+                ranking=self._sharded_ranking(local),
+                output_path_features=True,
+            )
+        self._statistics.add_ranking(outputs.neighbor_indices, outputs.neighbor_weights, graph["labels"], asked)
+        self._statistics.update(outputs.loss_parts)
         if self.bpgcn.config.learn_temperature:
-            values["temperature"] = self.bpgcn.bpgcn.ranking_temperature()
-        for name, value in values.items():
-            self._running.setdefault(name, []).append(value)
+            self._statistics.add("temperature", self.bpgcn.bpgcn.ranking_temperature())
+        touched = _touch(model)
+        loss = outputs.loss if touched is None else outputs.loss + touched
+        return (loss, outputs) if return_outputs else loss
 
-    def _watch_paths(self, module, args, outputs) -> None:
-        for name, path in zip(("ranking", "feature"), outputs.path_features, strict=True):
-            if path.requires_grad:
-                path.register_hook(self._norm_recorder(f"{name}_gradient_norm"))
+    def _sharded_ranking(self, local: dict[str, Tensor]) -> Ranking | None:
+        if self.args.ranking_shards == "none":
+            return None
+        rank = {"rows": rank_rows, "ring": rank_ring}[self.args.ranking_shards]
+        return rank(local["features"], local["node_ids"], **self.bpgcn.bpgcn.rank_options())
 
-    def _norm_recorder(self, name: str):
-        def record(gradient: Tensor) -> None:
-            self._running.setdefault(name, []).append(gradient.detach().norm())
-
-        return record
+    @contextlib.contextmanager
+    def _graph_noise(self) -> Iterator[None]:
+        """Dropout and drawn labels of the graph depend on seed and step alone: the same for every process, however many
+        there are."""
+        step = self.state.global_step
+        self._micro_step = (step, self._micro_step[1] + 1 if self._micro_step[0] == step else 0)
+        state = np.random.SeedSequence((self.args.seed, *self._micro_step)).generate_state(1, np.uint64)
+        device = self.args.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(int(state[0]))
+            yield
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in `Trainer`; training logs also carry the means since the last one and each group's learning rate."""
-        if "loss" in logs and self._running:
-            logs |= {name: torch.stack(values).mean().item() for name, values in self._running.items()}
+        if "loss" in logs:
+            logs |= self._statistics.take()
             logs.setdefault("temperature", self.bpgcn.config.ranking_temperature)
             for group in self.optimizer.param_groups:
                 logs[f"{group['name']}_learning_rate"] = group["lr"]
-            self._running.clear()
         super().log(logs, start_time)
-
-    @torch.no_grad()
-    @torch.random.fork_rng(devices=[])  # a loader draws a seed: the random stream of training goes on as without it
-    def embed(self, dataset, description: str) -> tuple[Tensor, Tensor, Tensor]:
-        """Features [N, D], classes [N] and ids [N] of a data set, on every process, with a progress bar."""
-        model = self.model_wrapped if self.is_fsdp_enabled else self.model
-        training = model.training
-        model.eval()
-        parts = []
-        hidden = self.args.disable_tqdm or not self.is_world_process_zero()
-        bar = logging.tqdm(desc=description, total=len(dataset), disable=hidden, unit=" images")
-        for batch in self.get_test_dataloader(dataset):
-            batch = self._prepare_inputs(batch)
-            with self.compute_loss_context_manager():
-                # through forward, the only door that every wrapper knows
-                features = model(pixel_values=batch["pixel_values"], support="none").features
-            rows = (features, batch["labels"], batch["node_ids"])
-            parts.append(self.accelerator.gather_for_metrics(rows))
-            bar.update(len(parts[-1][0]))
-        bar.close()
-        model.train(training)
-        return tuple(torch.cat(column) for column in zip(*parts, strict=True))
-
-    def build_support_bank(self) -> None:
-        """Embed the support images and fill the model's bank."""
-        if self.support_dataset is None:
-            raise ValueError("Evaluation answers from a support bank: pass support_dataset or train_dataset.")
-        self.bpgcn.set_support_bank(*self.embed(self.support_dataset, "Building the support bank"))
-
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
-        """Build the bank and answer from it; with `transductive_evaluation` also as one graph with the support set."""
-        self.build_support_bank()
-        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        if self.args.transductive_evaluation:
-            extra = self._evaluate_transductively(self.eval_dataset if eval_dataset is None else eval_dataset)
-            extra = {f"{metric_key_prefix}_transductive_{name}": value for name, value in extra.items()}
-            self.log(dict(extra))
-            metrics |= extra
-        return metrics
-
-    @torch.no_grad()
-    def _evaluate_transductively(self, dataset) -> dict[str, float]:
-        features, labels, ids = self.embed(dataset, "Embedding the queries")
-        self.bpgcn.eval()
-        outputs = self.bpgcn(features=features, node_ids=ids, support="transductive")
-        classes = self.bpgcn.support_bank.classes
-        neighbors = torch.cat([classes, classes.new_full((len(ids),), -100)])[outputs.neighbor_indices]
-        return classification_metrics(outputs.logits, labels, neighbors)
-
-    def _metrics(self, prediction) -> dict[str, float]:
-        logits, neighbor_indices = prediction.predictions
-        classes = self.bpgcn.support_bank.classes.cpu().numpy()
-        return classification_metrics(logits, prediction.label_ids, classes[neighbor_indices])
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Trainer's card, unless the run's own report has written one."""
@@ -273,5 +277,19 @@ class BPGCNTrainer(Trainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
+        if self._memory is not None and self.args.should_save:
+            self._memory.save(output_dir)
         # the state, written next, says that the checkpoint is whole: it is when every process has written its part
         self.accelerator.wait_for_everyone()
+
+    def _load_rng_state(self, checkpoint) -> None:
+        super()._load_rng_state(checkpoint)
+        if self._memory is not None and checkpoint is not None:
+            self._memory.load(checkpoint, self.args.device)
+
+
+def _touch(model) -> Tensor | None:
+    """0 with a gradient of 0 for every parameter, where the exchange between processes waits for each of them."""
+    if not isinstance(model, DistributedDataParallel):
+        return None
+    return sum(p.flatten()[:0].sum() for p in model.parameters() if p.requires_grad)

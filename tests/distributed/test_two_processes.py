@@ -47,11 +47,13 @@ from tests.training_factory import digit_trainer, logged
 folder = sys.argv[1]
 trainer = digit_trainer(folder, max_steps=4, head_only_steps=1, transductive_evaluation=True,
                         per_device_eval_batch_size=7)
-seen = []
+seen, embedded = [], []
 forward = trainer.model.forward
 def record(*args, **kwargs):
-    if trainer.model.training:
+    if trainer.model.training and "node_ids" in kwargs:
         seen.append(kwargs["node_ids"].tolist())
+    elif trainer.model.training:
+        embedded.append(len(kwargs["pixel_values"]))
     return forward(*args, **kwargs)
 trainer.model.forward = record
 before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
@@ -64,6 +66,7 @@ torch.save({
     "state": trainer.model.state_dict(),
     "metrics": metrics,
     "seen": seen,
+    "embedded": embedded,
     "norms": {n: logged(trainer, n) for n in ("ranking_gradient_norm", "feature_gradient_norm", "grad_norm")},
 }, f"{folder}/rank{rank}.pt")
 trainer.save_model()
@@ -101,14 +104,12 @@ def test_both_processes_end_with_equal_parameters_and_an_equal_bank(ranks):
     assert unmoved == {"bpgcn.backbone.embeddings.mask_token"}
 
 
-def test_the_processes_train_on_different_images(ranks):
+def test_one_graph_spans_the_images_of_both_processes(ranks):
     _, (one, two) = ranks
-    assert len(one["seen"]) == len(two["seen"]) == 4
-    for first, second in zip(one["seen"], two["seen"], strict=True):
-        assert len(first) == len(second) == 16
-        assert not set(first) & set(second)
-    epoch = {node for part in (one, two) for batch in part["seen"][:2] for node in batch}
-    assert epoch == set(digits().train["node_id"][:])
+    assert one["seen"] == two["seen"]
+    assert one["embedded"] == two["embedded"] == [16] * 4
+    assert all(len(set(batch)) == len(batch) == 32 for batch in one["seen"])
+    assert {node for batch in one["seen"][:2] for node in batch} == set(digits().train["node_id"][:])
 
 
 def test_the_gradient_norms_are_logged_there_too(ranks):

@@ -265,3 +265,32 @@ def test_help_lists_every_option(capsys):
     text = capsys.readouterr().out
     assert all(f"--{name}" in text for name in ("num_neighbors", "dataset", "head_only_steps", "learning_rate"))
     assert Path("train.py").name in text
+
+
+# --- scopes of the graph ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"graph_scope": "all"}, "graph_scope='all' is unknown: choose one of batch, memory, full"),
+        ({"ranking_shards": "columns"}, "ranking_shards='columns' is unknown"),
+        ({"gradient_cache_chunk_size": 0}, "gradient_cache_chunk_size=0 must be 1 or more"),
+        ({"graph_scope": "memory", "memory_size": -1}, "must be 0 or more"),
+        ({"memory_size": 10}, "need graph_scope memory, not batch"),
+        ({"graph_scope": "full", "memory_warmup_steps": 10}, "need graph_scope memory, not full"),
+        ({"graph_scope": "memory", "ranking_shards": "rows"}, "leave ranking_shards at none"),
+        ({"graph_scope": "full", "labeled_batch_fraction": 0.5}, "full has no batches to mix"),
+        ({"graph_scope": "full", "gradient_accumulation_steps": 2}, "set gradient_accumulation_steps 1"),
+        ({"ddp_find_unused_parameters": True}, "leave it out"),
+    ],
+)
+def test_scopes_that_cannot_be_are_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        arguments(tmp_path, **options)
+
+
+def test_the_memory_has_a_size_unless_given_one(tmp_path):
+    assert arguments(tmp_path, graph_scope="memory").memory_size == 4096
+    assert arguments(tmp_path, graph_scope="memory", memory_size=7).memory_size == 7
+    assert arguments(tmp_path).memory_size == 0

@@ -4,12 +4,12 @@ from collections import Counter
 
 import pytest
 import torch
-from accelerate.data_loader import BatchSamplerShard, DataLoaderShard, skip_first_batches
-from hypothesis import given, settings
+from accelerate.data_loader import skip_first_batches
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from modeling_bpgcn.training.sampler import UNLABELED, MixedBatchSampler
+from modeling_bpgcn.training.sampler import UNLABELED, MixedBatchSampler, ProcessShare
 
 few_examples = settings(max_examples=150, deadline=None)
 
@@ -190,31 +190,36 @@ def _flat(loader):
     return [batch.tolist() for batch in loader]
 
 
-def test_accelerate_loader_steps_through_the_epochs(sampler):
-    expected = [_order(sampler, epoch) for epoch in (0, 1)]
-    loader = DataLoaderShard(range(48), batch_sampler=sampler)
-    assert [_flat(loader) for _ in (0, 1)] == expected
-
-
 def test_resuming_inside_an_epoch_repeats_the_rest_of_it(sampler):
-    expected = _order(sampler, 2)[5:]
+    sampler.set_epoch(2)
+    expected = list(sampler)[5:]
     assert expected
-    loader = DataLoaderShard(range(48), batch_sampler=sampler)
-    rest = skip_first_batches(loader, 5)
-    rest.set_epoch(2)
+    rest = skip_first_batches(DataLoader(range(48), batch_sampler=ProcessShare(sampler)), 5)
     assert _flat(rest) == expected
 
 
-def test_processes_share_out_the_batches_of_the_right_epoch(sampler):
-    expected = _order(sampler, 1)
-    expected = expected[: len(expected) // 2 * 2]
-    by_process = []
-    for process in (0, 1):
-        shard = BatchSamplerShard(sampler, num_processes=2, process_index=process)
-        loader = DataLoaderShard(range(48), batch_sampler=shard)
-        loader.set_epoch(1)
-        by_process.append(_flat(loader))
-    assert [batch for pair in zip(*by_process, strict=True) for batch in pair] == expected
+@given(st.integers(2, 40), st.integers(2, 40), st.integers(1, 5), st.integers(1, 9) | st.none(), st.integers(0, 3))
+def test_the_shares_of_all_processes_are_the_batches_evenly_and_in_order(count, batch_size, processes, chunk, epoch):
+    batches = MixedBatchSampler([0] * count, batch_size, drop_last=False)
+    batches.set_epoch(epoch)
+    assume(batches.batch_size >= processes)
+    assume(count % batches.batch_size == 0 or count % batches.batch_size >= processes)
+    shares = [ProcessShare(batches, process, processes, chunk) for process in range(processes)]
+    if chunk is None:
+        for batch, parts in zip(batches, zip(*shares, strict=True), strict=True):
+            assert [image for part in parts for image in part] == batch
+            assert max(map(len, parts)) - min(map(len, parts)) <= 1
+            assert all(parts)
+    if count % batches.batch_size == 0:
+        assert all(len(share) == len(list(share)) for share in shares)
+    assert all(len(part) <= (chunk or count) for share in shares for part in share)
+    if len(batches) == 1:
+        assert [image for share in shares for part in share for image in part] == next(iter(batches))
+
+
+def test_a_batch_too_small_for_the_processes_is_refused():
+    with pytest.raises(ValueError, match="A batch of 2 images leaves some of 3 processes without any"):
+        ProcessShare(MixedBatchSampler([0, 1, 0], 2), 0, 3)
 
 
 def test_it_is_a_batch_sampler_for_a_plain_loader(sampler):

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from datasets import Dataset
 from safetensors.torch import load_file
 from sklearn.metrics import accuracy_score, f1_score
+from torch.testing import assert_close
 from transformers import AutoModelForImageClassification, TrainerCallback
 
 from modeling_bpgcn import modeling_bpgcn, objectives
@@ -377,7 +378,8 @@ def test_a_checkpoint_holds_the_bank_of_the_evaluation_before_it(tmp_path, evalu
     if evaluated:
         image = trainer.eval_dataset[0]["pixel_values"][None]
         with torch.no_grad():
-            assert torch.equal(loaded(image).logits, trainer.model.eval()(image).logits)
+            # the weights lie elsewhere in memory, which may reorder a sum
+            assert_close(loaded(image).logits, trainer.model.eval()(image).logits, rtol=0, atol=1e-6)
 
 
 def test_evaluation_leaves_the_random_stream_of_training_alone(tmp_path):
@@ -523,6 +525,9 @@ def assert_same_run(one, other) -> None:
         (3, {"dataloader_num_workers": 2}),
         (3, {"head_only_steps": 5}),
         (3, {"bf16": True}),
+        (3, {"gradient_cache_chunk_size": 5}),
+        (3, {"graph_scope": "full", "per_device_train_batch_size": 20}),
+        (6, {"graph_scope": "memory", "memory_size": 40}),
     ],
     ids=lambda value: str(value) if isinstance(value, int) else "-".join(value) or "plain",
 )

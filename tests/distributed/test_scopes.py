@@ -1,0 +1,132 @@
+"""One process and two compute the same: losses, gradients and weights over five optimizer steps, in every scope."""
+
+import subprocess
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from tests.distributed.test_two_processes import LAUNCHER
+from tests.model_factory import tiny_backbone
+from tests.training_factory import ROOT, digit_trainer, digits, logged, script_environment, tiny_digit_model
+
+COMMON = {"max_steps": 5, "weight_decay": 0.05, "lr_scheduler_type": "constant", "augmentation": "none"}
+# per_device_train_batch_size is that of one process; 45 images in one batch, or all 45, divide unevenly over two
+CASES = {
+    "batch": {"per_device_train_batch_size": 32},
+    "batch, mixed": {"per_device_train_batch_size": 32, "labeled_batch_fraction": 0.5, "class_balanced_batches": True},
+    "batch, uneven": {"per_device_train_batch_size": 64, "max_images": 45},
+    "batch, chunks": {"per_device_train_batch_size": 32, "gradient_cache_chunk_size": 5},
+    "batch, accumulated": {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 2},
+    "batch, accumulated chunks": {
+        "per_device_train_batch_size": 16,
+        "gradient_accumulation_steps": 2,
+        "gradient_cache_chunk_size": 3,
+    },
+    "batch, rows": {"per_device_train_batch_size": 32, "ranking_shards": "rows"},
+    "batch, ring": {"per_device_train_batch_size": 32, "ranking_shards": "ring"},
+    "batch, head first": {"per_device_train_batch_size": 32, "head_only_steps": 2},
+    "batch, head first, chunks": {
+        "per_device_train_batch_size": 32,
+        "head_only_steps": 2,
+        "gradient_cache_chunk_size": 5,
+    },
+    "memory": {"per_device_train_batch_size": 16, "graph_scope": "memory", "memory_size": 40},
+    "memory, uneven": {
+        "per_device_train_batch_size": 64,
+        "graph_scope": "memory",
+        "memory_size": 40,
+        "max_images": 45,
+    },
+    "full": {"per_device_train_batch_size": 10, "graph_scope": "full"},
+    "full, uneven": {"per_device_train_batch_size": 10, "graph_scope": "full", "max_images": 45},
+    "full, rows": {"per_device_train_batch_size": 10, "graph_scope": "full", "ranking_shards": "rows"},
+    "full, ring, uneven": {
+        "per_device_train_batch_size": 10,
+        "graph_scope": "full",
+        "ranking_shards": "ring",
+        "max_images": 45,
+    },
+    "full, learned temperature": {
+        "per_device_train_batch_size": 10,
+        "graph_scope": "full",
+        "ranking_shards": "rows",
+        "temperature_schedule": "learned",
+    },
+}
+
+SCRIPT = """
+import sys
+import torch
+from transformers import TrainerCallback
+from tests.distributed.test_scopes import CASES, five_steps
+
+found = {name: five_steps(f"{sys.argv[1]}/{number}", name, processes=2) for number, name in enumerate(CASES)}
+torch.save(found, f"{sys.argv[1]}/rank{torch.distributed.get_rank()}.pt")
+torch.distributed.destroy_process_group()
+"""
+
+
+def five_steps(folder: str, name: str, processes: int = 1) -> dict:
+    """Losses, gradients of each step and the weights in the end. Noise of the backbone is off, since each process draws
+    its own; the head's dropout and the revealed labels are on."""
+    options = COMMON | CASES[name]
+    if options.get("graph_scope") != "full":
+        options["per_device_train_batch_size"] //= processes
+    learned = options.get("temperature_schedule") == "learned"
+    backbone = tiny_backbone(hidden_size=16)
+    model = tiny_digit_model(backbone_config=backbone, learn_temperature=learned, neighborhood_loss_weight=0.3).double()
+    trainer = digit_trainer(folder, model, data=digits(options.pop("max_images", 64)), **options)
+    gradients = []
+
+    class Keep(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            found = {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
+            gradients.append(found)
+
+    trainer.add_callback(Keep)
+    trainer.train()
+    names = ("loss", "grad_norm", "ranking_gradient_norm", "feature_gradient_norm", "homophily", "temperature")
+    weights = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+    return {"gradients": gradients, "weights": weights, **{n: logged(trainer, n) for n in names}}
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory) -> list[dict]:
+    """What each of two processes found in each case."""
+    folder = tmp_path_factory.mktemp("scopes")
+    script = folder / "scopes.py"
+    script.write_text(SCRIPT)
+    done = subprocess.run(
+        [*LAUNCHER, str(script), str(folder)],
+        cwd=ROOT,
+        env=script_environment() | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_train_as_one(two_processes, tmp_path, name):
+    expected = five_steps(str(tmp_path), name)
+    assert len(expected["gradients"]) == 5
+    reached = {n for step in expected["gradients"] for n, g in step.items() if g.abs().max() > 0}
+    assert any(".backbone." in n for n in reached)
+    assert any("head" in n for n in reached)
+    for found in (process[name] for process in two_processes):
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+        for value in ("grad_norm", "feature_gradient_norm", "homophily", "temperature"):
+            assert found[value] == pytest.approx(expected[value], rel=1e-6), value
+        for step, (one, two) in enumerate(zip(expected["gradients"], found["gradients"], strict=True)):
+            for n in one.keys() | two.keys():
+                # exchanged gradients are there also where one process alone has none
+                reference = one.get(n, torch.zeros_like(found["weights"][n]))
+                other = two.get(n, torch.zeros_like(reference))
+                scale = max(float(reference.abs().max()), 1e-3)
+                assert (other - reference).abs().max() <= 1e-6 * scale, (step, n)
+        for n, weight in expected["weights"].items():
+            torch.testing.assert_close(found["weights"][n], weight, rtol=1e-6, atol=1e-7, msg=n)
