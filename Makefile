@@ -32,8 +32,8 @@ demo: $(STAMP) ## train on scikit-learn's digits, offline, in about 3 minutes on
 		--num_cpu_threads_per_process $(CORES) \
 		train.py configuration/digits.yaml $(ARGS)
 
-test: $(STAMP) ## run the tests
-	$(BIN)/python -m pytest $(ARGS)
+test: $(STAMP) ## run the tests, two files at a time
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-all: $(STAMP) ## run the tests, the slow ones too
 	$(BIN)/python -m pytest -m "" $(ARGS)

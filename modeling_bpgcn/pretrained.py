@@ -144,7 +144,13 @@ class BPGCNPreTrainedModel(PreTrainedModel):
         self.config.auto_map = dict(AUTO_MAP)
         # the original key names would lose DINOv2's attention on Trainer's resume (transformers#43701)
         kwargs.setdefault("save_original_format", False)
-        super().save_pretrained(save_directory, *args, **kwargs)
+        # FSDP2 makes a class of its own of this one, and transformers would save that class's code: torch's
+        sharded = type(self)
+        self.__class__ = next(kind for kind in sharded.__mro__ if not kind.__name__.startswith("FSDP"))
+        try:
+            super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            self.__class__ = sharded
 
     def get_input_embeddings(self):
         return self.base_model.backbone.get_input_embeddings()

@@ -180,12 +180,17 @@ def train(*arguments, launcher: tuple[str, ...] = ()) -> subprocess.CompletedPro
     return subprocess.CompletedProcess(process.args, process.returncode, output)
 
 
-def kill_after_checkpoint(process: subprocess.Popen, checkpoint: Path, timeout: float = 60) -> None:
-    """Kill a training without warning once a checkpoint is whole, before it is done."""
+def wait_for(process: subprocess.Popen, path: Path, timeout: float = 60) -> None:
+    """Wait until a running training has written a file."""
     deadline = time.monotonic() + timeout
-    while not (checkpoint / "trainer_state.json").is_file():
+    while not path.is_file():
         if process.poll() is not None or time.monotonic() > deadline:
-            raise AssertionError(f"{checkpoint} was not written:\n{kill(process)}")
+            raise AssertionError(f"{path} was not written:\n{kill(process)}")
         time.sleep(0.005)
+
+
+def kill_after_checkpoint(process: subprocess.Popen, checkpoint: Path) -> None:
+    """Kill a training without warning once a checkpoint is whole, before it is done."""
+    wait_for(process, checkpoint / "trainer_state.json")
     output = kill(process)
     assert process.returncode == -signal.SIGKILL, output

@@ -14,6 +14,21 @@ class BankEvaluator(Trainer):
     """`Trainer` whose evaluation answers from the support bank; metrics are accuracy, macro-F1, ECE and neighbour
     homophily. `self.bpgcn` is the model without its wrappers, `self.support_dataset` the images of the bank."""
 
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.accelerator.is_fsdp2:
+            if self.bpgcn.config.learn_temperature:
+                raise ValueError("FSDP shards no single number: use another temperature_schedule than learned.")
+            # autocast decides what runs in low precision, as elsewhere; FSDP2's policy would round all that enters and
+            # leaves the model, and so rank rounded features
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True):
+        """As in `Trainer`; accelerate wraps the forward pass of every model but that of FSDP2 in autocast."""
+        if self.accelerator.is_fsdp2:
+            return self.accelerator.autocast()
+        return super().autocast_smart_context_manager(cache_enabled)
+
     @torch.no_grad()
     @torch.random.fork_rng(devices=[])  # a loader draws a seed: the random stream of training goes on as without it
     def embed(self, dataset, description: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,6 +4,7 @@ import subprocess
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from tests.distributed.test_two_processes import LAUNCHER
@@ -81,14 +82,39 @@ def five_steps(folder: str, name: str, processes: int = 1) -> dict:
 
     class Keep(TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, **kwargs):
-            found = {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
+            found = {n: _whole(p.grad) for n, p in trainer.model.named_parameters() if p.grad is not None}
             gradients.append(found)
 
     trainer.add_callback(Keep)
     trainer.train()
     names = ("loss", "grad_norm", "ranking_gradient_norm", "feature_gradient_norm", "homophily", "temperature")
-    weights = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+    weights = {n: _whole(p.detach()) for n, p in trainer.model.named_parameters()}
     return {"gradients": gradients, "weights": weights, **{n: logged(trainer, n) for n in names}}
+
+
+def _whole(value: torch.Tensor) -> torch.Tensor:
+    """A copy of a tensor, of all processes' shares of it if it is sharded."""
+    return value.full_tensor() if isinstance(value, DTensor) else value.clone()
+
+
+def assert_trained_as_one(found: dict, expected: dict) -> None:
+    """What one of several processes found is what one process alone finds."""
+    assert len(expected["gradients"]) == 5
+    reached = {n for step in expected["gradients"] for n, g in step.items() if g.abs().max() > 0}
+    assert any(".backbone." in n for n in reached)
+    assert any("head" in n for n in reached)
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+    for value in ("grad_norm", "feature_gradient_norm", "homophily", "temperature"):
+        assert found[value] == pytest.approx(expected[value], rel=1e-6), value
+    for step, (one, two) in enumerate(zip(expected["gradients"], found["gradients"], strict=True)):
+        for n in one.keys() | two.keys():
+            # exchanged gradients are there also where one process alone has none
+            reference = one.get(n, torch.zeros_like(found["weights"][n]))
+            other = two.get(n, torch.zeros_like(reference))
+            scale = max(float(reference.abs().max()), 1e-3)
+            assert (other - reference).abs().max() <= 1e-6 * scale, (step, n)
+    for n, weight in expected["weights"].items():
+        torch.testing.assert_close(found["weights"][n], weight, rtol=1e-6, atol=1e-7, msg=n)
 
 
 @pytest.fixture(scope="module")
@@ -113,20 +139,5 @@ def two_processes(tmp_path_factory) -> list[dict]:
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_train_as_one(two_processes, tmp_path, name):
     expected = five_steps(str(tmp_path), name)
-    assert len(expected["gradients"]) == 5
-    reached = {n for step in expected["gradients"] for n, g in step.items() if g.abs().max() > 0}
-    assert any(".backbone." in n for n in reached)
-    assert any("head" in n for n in reached)
-    for found in (process[name] for process in two_processes):
-        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-6)
-        for value in ("grad_norm", "feature_gradient_norm", "homophily", "temperature"):
-            assert found[value] == pytest.approx(expected[value], rel=1e-6), value
-        for step, (one, two) in enumerate(zip(expected["gradients"], found["gradients"], strict=True)):
-            for n in one.keys() | two.keys():
-                # exchanged gradients are there also where one process alone has none
-                reference = one.get(n, torch.zeros_like(found["weights"][n]))
-                other = two.get(n, torch.zeros_like(reference))
-                scale = max(float(reference.abs().max()), 1e-3)
-                assert (other - reference).abs().max() <= 1e-6 * scale, (step, n)
-        for n, weight in expected["weights"].items():
-            torch.testing.assert_close(found["weights"][n], weight, rtol=1e-6, atol=1e-7, msg=n)
+    for process in two_processes:
+        assert_trained_as_one(process[name], expected)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from transformers import AutoModelForImageClassification
@@ -18,6 +19,7 @@ from tests.training_factory import (
     script_environment,
     start_training,
     train,
+    wait_for,
     write_recipe,
 )
 
@@ -155,3 +157,27 @@ def test_a_run_of_two_processes_killed_mid_epoch_ends_bit_for_bit_as_an_uninterr
     assert weights[0] == weights[1]
     results = [json.loads((tmp_path / run / "results.json").read_text()) for run in ("whole", "run")]
     assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("scope", ["full", "memory"])
+def test_a_killed_process_ends_the_run_with_an_error_and_the_same_command_resumes_it(tmp_path, scope):
+    own = {"full": {"gradient_cache_chunk_size": 8}, "memory": {"memory_size": 30}}.get(scope, {})
+    recipe = write_recipe(tmp_path, **RUN | {"graph_scope": scope, "max_steps": 25, "save_steps": 5} | own)
+    command = (recipe, "--output_dir", tmp_path / "run")
+    process = start_training(*command, launcher=LAUNCHER)
+    wait_for(process, tmp_path / "run" / "checkpoint-5" / "trainer_state.json")
+    workers = [p for p in psutil.Process(process.pid).children(recursive=True) if "train.py" in " ".join(p.cmdline())]
+    assert len(workers) >= 2
+    workers[-1].kill()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "Signal 9 (SIGKILL)" in output
+    assert not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers)
+    assert last_whole_checkpoint(tmp_path / "run")
+
+    resumed = train(*command, launcher=LAUNCHER)
+    assert resumed.returncode == 0, resumed.stdout
+    whole = train(recipe, "--output_dir", tmp_path / "whole", launcher=LAUNCHER)
+    assert whole.returncode == 0, whole.stdout
+    weights = [(tmp_path / run / "model.safetensors").read_bytes() for run in ("whole", "run")]
+    assert weights[0] == weights[1]
