@@ -73,4 +73,5 @@ class FeatureMemory:
 
     def load(self, folder: str | Path, device: torch.device) -> None:
         """Read what `save` wrote."""
-        self._rows = load_file(Path(folder) / MEMORY_FILE, device=str(device))
+        rows = load_file(Path(folder) / MEMORY_FILE)  # knows no cpu:0, the device of one of several processes
+        self._rows = {name: tensor.to(device) for name, tensor in rows.items()}
