@@ -5,6 +5,15 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.dinov2.modeling_dinov2 import Dinov2Attention, Dinov2Layer, eager_attention_forward
+from transformers.models.dinov2_with_registers.modeling_dinov2_with_registers import (
+    Dinov2WithRegistersAttention,
+    Dinov2WithRegistersLayer,
+)
+
+# same parts by the same names
+BLOCKS = {Dinov2Layer: Dinov2Attention, Dinov2WithRegistersLayer: Dinov2WithRegistersAttention}
 
 
 def check_pixels(pixel_values: Tensor, config) -> None:
@@ -93,8 +102,11 @@ def run_first_blocks(backbone: nn.Module, pixel_values: Tensor, num_blocks: int)
     return _run(blocks, hidden_states)
 
 
-def run_last_blocks(backbone: nn.Module, hidden_states: Tensor, num_blocks: int) -> Tensor:
+def run_last_blocks(backbone: nn.Module, hidden_states: Tensor, num_blocks: int, cls_only: bool = False) -> Tensor:
     """Hidden states [B, T, D] that enter block `num_blocks` -> the tokens [B, T, D] that the whole backbone returns.
+
+    With `cls_only`, its first token [B, 1, D]. Keys and values of the last block still come from all tokens; its query,
+    output projection and MLP run for that one, where `_runs_for_cls` allows it, with the same value and gradient.
 
     Raises:
         ValueError: for other shapes, or a backbone that is not a plain stack of blocks.
@@ -102,7 +114,41 @@ def run_last_blocks(backbone: nn.Module, hidden_states: Tensor, num_blocks: int)
     if hidden_states.ndim != 3:
         raise ValueError(f"hidden_states must be [batch, sequence, hidden]; got {tuple(hidden_states.shape)}.")
     _, blocks, layernorm = _parts(backbone)
-    return layernorm(_run(blocks[num_blocks:], hidden_states.to(backbone.dtype)))
+    blocks, hidden_states = list(blocks[num_blocks:]), hidden_states.to(backbone.dtype)
+    if cls_only and blocks and _runs_for_cls(blocks[-1]):
+        return layernorm(_run_for_cls(blocks[-1], _run(blocks[:-1], hidden_states)))
+    hidden_states = _run(blocks, hidden_states)
+    return layernorm(hidden_states[:, :1] if cls_only else hidden_states)
+
+
+def _runs_for_cls(block: nn.Module) -> bool:
+    """Whether `_run_for_cls` is what `block` computes, random numbers included, and nobody watches its parts."""
+    # FSDP2 and wrappers have types of their own
+    if type(block) not in BLOCKS or type(block.attention) is not BLOCKS[type(block)]:
+        return False
+    if block.attention.config._attn_implementation not in ("eager", "sdpa"):
+        return False
+    if block.training and (block.gradient_checkpointing or block.attention.attention_dropout > 0):
+        return False
+    for module in block.modules():
+        hooks = module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
+        if any(hooks) or "forward" in vars(module):  # sharding, offloading, captured activations
+            return False
+        if isinstance(module, nn.Dropout) and module.training and module.p > 0:  # of adapters: one draw a token
+            return False
+    return True
+
+
+def _run_for_cls(block: nn.Module, hidden_states: Tensor) -> Tensor:
+    """The first token [B, 1, D] of `block(hidden_states)`."""
+    attention = block.attention
+    cls, normed = hidden_states[:, :1], block.norm1(hidden_states)
+    projections = attention.q_proj(normed[:, :1]), attention.k_proj(normed), attention.v_proj(normed)
+    heads = (x.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for x in projections)  # [B, heads, T, head_dim]
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager_attention_forward)
+    mixed, _ = attend(attention, *heads, None, scaling=attention.scaling)  # [B, 1, heads, head_dim]
+    cls = block.drop_path(block.layer_scale1(attention.o_proj(mixed.flatten(2)))) + cls
+    return block.drop_path(block.layer_scale2(block.mlp(block.norm2(cls)))) + cls
 
 
 def _run(blocks: Iterable[nn.Module], hidden_states: Tensor) -> Tensor:

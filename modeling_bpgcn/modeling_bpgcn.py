@@ -53,7 +53,8 @@ class BPGCNModel(BPGCNPreTrainedModel):
         elif self.prefix_blocks == 0:
             raise ValueError("hidden_states need prefix_blocks, the number of blocks that made them: it is 0.")
         else:
-            tokens = run_last_blocks(self.backbone, hidden_states, self.prefix_blocks)
+            cls_only = self.config.pooling == "cls"
+            tokens = run_last_blocks(self.backbone, hidden_states, self.prefix_blocks, cls_only)
         return pool_tokens(tokens, self.config.pooling, self.config.backbone_config)
 
     def embed(

@@ -1,6 +1,8 @@
-"""The backbone in two parts: the same values and gradients as in one, whatever trains, and nothing else is touched."""
+"""The backbone in two parts: the same values and gradients as in one, whatever trains, and nothing else is touched; the
+last block for the CLS token alone: the same again, and the whole block wherever that could differ."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from modeling_bpgcn import BPGCNForImageClassification
 from modeling_bpgcn.image_features import first_modules, num_frozen_blocks, run_first_blocks, run_last_blocks
@@ -20,9 +23,10 @@ SIZES = {"size of the config": 8, "positions interpolated": 12}
 
 
 def model_of(kind: str = "dinov2", dtype=torch.float32, **overrides) -> BPGCNForImageClassification:
-    """Three blocks, every parameter away from its start, in training mode."""
+    """Three blocks, every parameter away from its start, in training mode; features that read all tokens."""
     backbone = tiny_backbone(kind, num_hidden_layers=BLOCKS)
-    return tiny_model(backbone_config=backbone, head="linear", **overrides).to(dtype).train()
+    fields = {"backbone_config": backbone, "head": "linear", "pooling": "cls_mean"}
+    return tiny_model(**(fields | overrides)).to(dtype).train()
 
 
 def split(model: BPGCNForImageClassification, images: Tensor, num_blocks: int) -> Tensor:
@@ -120,6 +124,7 @@ def test_lora_in_the_last_blocks_gets_the_same_gradient(kind):
 def test_states_stand_for_images_in_both_models(kind, pooling):
     model, images = model_of(kind, pooling=pooling).eval(), tiny_images(8)
     states = split(model, images, 2)
+    tolerance = {"atol": 1e-6 if pooling == "cls" else 0, "rtol": 0}  # the last block for one token: rounding
     with torch.no_grad():
         expected = model(images, support="batch")
         for found in (
@@ -127,9 +132,9 @@ def test_states_stand_for_images_in_both_models(kind, pooling):
             model(hidden_states=states.double(), support="batch"),
             model.bpgcn(hidden_states=states, support="batch"),
         ):
-            assert torch.equal(found.features, expected.features)
+            assert_close(found.features, expected.features, **tolerance)
             assert torch.equal(found.neighbor_indices, expected.neighbor_indices)
-            assert torch.equal(found.neighbor_weights, expected.neighbor_weights)
+            assert_close(found.neighbor_weights, expected.neighbor_weights, **tolerance)
         halved = model(hidden_states=states.half(), support="batch")
     assert_close(halved.features, expected.features, atol=2e-2, rtol=0)
     assert halved.features.dtype == torch.float32
@@ -145,9 +150,10 @@ def test_autocast_reaches_the_last_blocks_alike():
 
 # torch 2.13 looks at the gradient of tensors that cross a graph break
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-def test_compiled_it_gives_the_same():
+@pytest.mark.parametrize("pooling", ["cls", "cls_mean"])
+def test_compiled_it_gives_the_same(pooling):
     torch._dynamo.reset()
-    model, images = model_of(), tiny_images(8)
+    model, images = model_of(pooling=pooling), tiny_images(8)
     train_last_blocks(model.bpgcn.backbone, 2)
     states = split(model, images, 1)
     expected = gradients(model, hidden_states=states)
@@ -155,6 +161,218 @@ def test_compiled_it_gives_the_same():
     for name, gradient in expected.items():
         assert_close(found[f"_orig_mod.{name}"], gradient)
     torch._dynamo.reset()
+
+
+# --- the last block for the CLS token alone ---------------------------------------------------------------------------
+
+VARIANTS = {
+    "no layer scale": {"layerscale_value": 1.0},
+    "layer scale": {"layerscale_value": 0.3},
+    "SwiGLU": {"use_swiglu_ffn": True},
+    "no bias": {"qkv_bias": False},
+    "eager": {"attn_implementation": "eager"},
+    "drop path": {"drop_path_rate": 0.5},
+}
+T = 5  # one CLS token and 2 x 2 patches
+
+
+def stack(kind: str = "dinov2", dtype=torch.float32, attn_implementation: str = "sdpa", **overrides) -> nn.Module:
+    """Three blocks in training mode, every parameter but the layer scale away from its start."""
+    config = tiny_backbone(kind, num_hidden_layers=BLOCKS, **overrides)
+    backbone = AutoModel.from_config(config, attn_implementation=attn_implementation)
+    with torch.no_grad():
+        for name, parameter in backbone.named_parameters():
+            if "lambda1" not in name:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return backbone.to(dtype).train()
+
+
+def last_block(backbone: nn.Module) -> nn.Module:
+    return first_modules(backbone, BLOCKS)[-1]
+
+
+def cls_gradients(backbone: nn.Module, states: Tensor, cls_only: bool, num_blocks: int = 1) -> dict[str, Tensor]:
+    """The CLS token, the gradient of a sum of it for the states and all that trains, and the next random number."""
+    states = states.clone().requires_grad_()
+    backbone.zero_grad()
+    torch.manual_seed(0)  # whom drop path drops
+    cls = run_last_blocks(backbone, states, num_blocks, cls_only)[:, 0]
+    (cls * torch.linspace(-1, 2, cls.numel()).view_as(cls)).sum().backward()
+    reached = {name: p.grad.clone() for name, p in backbone.named_parameters() if p.grad is not None}
+    return {"cls": cls.detach(), "random": torch.rand(()), "states": states.grad, **reached}
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    """To `tolerance` of each tensor's largest entry, or of 1."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        largest = value.abs().max().item()
+        assert largest > 0 or name.endswith("k_proj.bias"), name
+        assert_close(found[name], value, atol=tolerance * max(1, largest), rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.fixture
+def normed_tokens(monkeypatch) -> list[int]:
+    """How many tokens each layer norm saw: before attention, before the MLP (of each block), and at the end. Patched in
+    the class: a hook would have the whole block run."""
+    counts, forward = [], nn.LayerNorm.forward
+    monkeypatch.setattr(nn.LayerNorm, "forward", lambda self, x: counts.append(x.shape[1]) or forward(self, x))
+    return counts
+
+
+@pytest.mark.parametrize("num_blocks", range(BLOCKS))
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-13)])
+@pytest.mark.parametrize("kind", ["dinov2", "dinov2_with_registers"])
+def test_the_cls_token_alone_gives_the_same(kind, dtype, tolerance, variant, num_blocks, normed_tokens):
+    backbone, states = stack(kind, dtype, **variant), torch.randn(16, T, 8, dtype=dtype)
+    expected = cls_gradients(backbone, states, False, num_blocks)
+    assert sum(".q_proj.weight" in name for name in expected) == BLOCKS - num_blocks
+    whole = 2 * (BLOCKS - num_blocks) + 1
+    assert normed_tokens == [T] * whole
+    found = cls_gradients(backbone, states, True, num_blocks)
+    assert normed_tokens[whole:] == [T] * (whole - 2) + [1, 1]
+    assert found["cls"].dtype == expected["cls"].dtype == dtype
+    assert_close(found["cls"], expected["cls"], atol=tolerance / 10, rtol=1e-6)
+    assert_same(found, expected, tolerance)
+    backbone.eval()
+    without_drops = cls_gradients(backbone, states, False, num_blocks)
+    assert torch.equal(without_drops["cls"], expected["cls"]) == ("drop_path_rate" not in variant)
+    assert_same(cls_gradients(backbone, states, True, num_blocks), without_drops, tolerance)
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_the_cls_token_alone_trains_adapters_alike(use_dora, normed_tokens):
+    config = LoraConfig(r=2, target_modules=r".*\.\d\..*(_proj|fc\d)", use_dora=use_dora, init_lora_weights=False)
+    base = stack("dinov2", torch.float64)
+    get_peft_model(base, config).double()
+    states = torch.randn(16, T, 8, dtype=torch.float64)
+    expected = cls_gradients(base, states, False)
+    assert sum(".lora_" in name for name in expected) == (BLOCKS - 1) * 6 * (2 + use_dora)
+    normed_tokens.clear()
+    assert_same(cls_gradients(base, states, True), expected, 1e-13)
+    assert normed_tokens == [T, T, T, 1, 1]
+
+
+@pytest.mark.parametrize("drop_path_rate", [0.0, 0.5])
+@pytest.mark.parametrize("whole_model", [False, True], ids=["autocast", "bf16 weights"])
+def test_in_half_precision_it_is_close_and_of_the_same_dtype(whole_model, drop_path_rate, normed_tokens):
+    dtype = torch.bfloat16 if whole_model else torch.float32
+    backbone, states = stack(dtype=dtype, drop_path_rate=drop_path_rate), torch.randn(16, T, 8)
+    with torch.autocast("cpu", torch.bfloat16, enabled=not whole_model):
+        expected, found = (cls_gradients(backbone, states, cls_only) for cls_only in (False, True))
+    assert normed_tokens[-2:] == [1, 1]
+    assert found["cls"].dtype == expected["cls"].dtype == dtype
+    assert_same(found, expected, 3e-2)
+
+
+def test_compiled_it_is_one_graph():
+    torch._dynamo.reset()
+    backbone, states = stack(), torch.randn(16, T, 8)
+    expected = run_last_blocks(backbone, states, 1)[:, :1]
+    found = torch.compile(run_last_blocks, backend="aot_eager", fullgraph=True)(backbone, states, 1, True)
+    assert_close(found, expected, atol=1e-6, rtol=0)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("kind", BACKBONES)
+def test_with_no_block_left_the_norm_is_the_rest(kind):
+    backbone, states = stack(kind), torch.randn(16, T, 8)
+    expected = run_last_blocks(backbone, states, BLOCKS)[:, :1]
+    assert torch.equal(run_last_blocks(backbone, states, BLOCKS, cls_only=True), expected)
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean", "cls_mean"])
+def test_only_features_of_the_cls_token_take_it(pooling, normed_tokens):
+    model, images = model_of(pooling=pooling), tiny_images(8)
+    states = split(model, images, 1)
+    normed_tokens.clear()
+    model.bpgcn.get_image_features(hidden_states=states)
+    assert normed_tokens == [T, T, T, *([1, 1] if pooling == "cls" else [T, T])]
+
+
+def checkpoint(backbone: nn.Module) -> None:
+    backbone.activation_checkpointing_enable()
+
+
+def watch(name: str, register: str) -> Callable[[nn.Module], None]:
+    return lambda backbone: getattr(last_block(backbone).get_submodule(name), register)(lambda *_: None)
+
+
+def replace_forward(backbone: nn.Module) -> None:
+    block = last_block(backbone)
+    block.forward = block.forward
+
+
+def change_type(name: str) -> Callable[[nn.Module], None]:
+    def change(backbone: nn.Module) -> None:
+        module = last_block(backbone).get_submodule(name)
+        module.__class__ = type("Other", (type(module),), {})
+
+    return change
+
+
+def adapt_with_dropout(backbone: nn.Module) -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.5, init_lora_weights=False)
+    get_peft_model(backbone, config).to(backbone.dtype)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "change"),
+    [
+        pytest.param("vit", {}, None, id="other parts"),
+        pytest.param("dinov2", {"attention_probs_dropout_prob": 0.5}, None, id="attention dropout"),
+        pytest.param("dinov2", {}, adapt_with_dropout, id="adapter dropout"),
+        pytest.param("dinov2", {}, checkpoint, id="checkpointing"),
+        pytest.param("dinov2", {}, watch("", "register_forward_hook"), id="hook on the block"),
+        pytest.param("dinov2", {}, watch("attention", "register_forward_pre_hook"), id="hook on the attention"),
+        pytest.param("dinov2", {}, watch("mlp.fc1", "register_full_backward_hook"), id="backward hook"),
+        pytest.param("dinov2", {}, watch("norm2", "register_full_backward_pre_hook"), id="backward pre-hook"),
+        pytest.param("dinov2", {}, replace_forward, id="forward replaced"),
+        pytest.param("dinov2", {}, change_type(""), id="other block"),
+        pytest.param("dinov2_with_registers", {}, change_type("attention"), id="other attention"),
+    ],
+)
+def test_the_whole_block_runs_where_its_parts_might_differ(kind, fields, change, normed_tokens):
+    backbone, states = stack(kind, **fields), torch.randn(16, T, 8)
+    if change is not None:
+        change(backbone)
+    expected = cls_gradients(backbone, states, False, num_blocks=2)
+    normed_tokens.clear()
+    assert_same(cls_gradients(backbone, states, True, num_blocks=2), expected, 1e-6)
+    assert normed_tokens[:3] == [T, T, 1]  # checkpointing has more to come
+
+
+def test_a_block_without_attention_runs_whole():
+    backbone, states = stack(), torch.randn(16, T, 8)
+    backbone.encoder.layer[-1] = nn.Linear(8, 8)
+    assert_same(cls_gradients(backbone, states, True), cls_gradients(backbone, states, False), 1e-6)
+
+
+@pytest.mark.parametrize("cause", ["attention dropout", "adapter dropout", "checkpointing"])
+def test_what_is_off_in_evaluation_does_not_hinder_it(cause, normed_tokens):
+    backbone = stack(dtype=torch.float64, attention_probs_dropout_prob=0.5 * (cause == "attention dropout"))
+    change = {"adapter dropout": adapt_with_dropout, "checkpointing": checkpoint}.get(cause)
+    if change is not None:
+        change(backbone)
+    backbone.eval()
+    states = torch.randn(16, T, 8, dtype=torch.float64)
+    expected = cls_gradients(backbone, states, False)
+    assert_same(cls_gradients(backbone, states, True), expected, 1e-13)
+    assert normed_tokens[-2:] == [1, 1]
+
+
+def test_another_attention_runs_in_the_whole_block(monkeypatch, normed_tokens):
+    def uniform(module, query, key, value, mask, **options):  # over as many tokens as there are queries
+        return value[:, :, : query.shape[2]].mean(2, keepdim=True).expand_as(query).transpose(1, 2), None
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "uniform", uniform)
+    backbone, states = stack(), torch.randn(16, T, 8)
+    softmax = run_last_blocks(backbone, states, 2, cls_only=True)
+    backbone.config._attn_implementation = "uniform"
+    expected = run_last_blocks(backbone, states, 2)[:, :1]
+    assert not torch.allclose(expected, softmax)
+    assert torch.equal(run_last_blocks(backbone, states, 2, cls_only=True), expected)
 
 
 # --- no more than the part --------------------------------------------------------------------------------------------
