@@ -32,13 +32,20 @@ RANGES = {
     "propagation_loss_weight": (float, 0.0, math.inf, True),
     "neighborhood_loss_weight": (float, 0.0, math.inf, True),
     "consistency_loss_weight": (float, 0.0, math.inf, True),
+    "propagation_consistency_loss_weight": (float, 0.0, math.inf, True),
     "reveal_ratio": (float, 0.0, 1.0, False),
     "propagation_steps": (int, 0, math.inf, True),
     "propagation_alpha": (float, 0.0, 1.0, False),
     "propagation_mix": (float, 0.0, 1.0, True),
     "bank_size": (int, 0, math.inf, True),
 }
-LOSS_WEIGHTS = ("head_loss_weight", "propagation_loss_weight", "neighborhood_loss_weight", "consistency_loss_weight")
+LOSS_WEIGHTS = (
+    "head_loss_weight",
+    "propagation_loss_weight",
+    "neighborhood_loss_weight",
+    "consistency_loss_weight",
+    "propagation_consistency_loss_weight",
+)
 
 
 class BPGCNConfig(PreTrainedConfig):
@@ -68,8 +75,11 @@ class BPGCNConfig(PreTrainedConfig):
         head_num_attention_heads (`int`, defaults to 4): of the `gat` head.
         head_num_stacks (`int`, defaults to 2): parallel filters of the `arma` head.
         head_propagation_steps, head_teleport (10, 0.1): K and alpha of the `appnp` head.
-        head_loss_weight, propagation_loss_weight, neighborhood_loss_weight, consistency_loss_weight (1, 1, 0, 0):
-            weights of the parts of the objective, see `objectives.py`.
+        head_loss_weight, propagation_loss_weight, neighborhood_loss_weight (0.1, 1, 0):
+            weights of the losses of labelled images, see `objectives.py`. The head's own is small: it is fitted within
+            a few steps, and through the messages it would pull the backbone away from what the ranking asks for.
+        consistency_loss_weight, propagation_consistency_loss_weight (0.1, 1):
+            weights of the losses of unlabelled images, on the head's answers and on the propagated labels.
         reveal_ratio (`float`, defaults to 0.5): share of the labelled nodes whose class the masked propagation sees.
         propagation_steps, propagation_alpha (8, 0.9): steps and damping of the label propagation; 0 steps solves it.
         propagation_mix (`float`, defaults to 0.5):
@@ -105,10 +115,11 @@ class BPGCNConfig(PreTrainedConfig):
     head_num_stacks: int = 2
     head_propagation_steps: int = 10
     head_teleport: float = 0.1
-    head_loss_weight: float = 1.0
+    head_loss_weight: float = 0.1
     propagation_loss_weight: float = 1.0
     neighborhood_loss_weight: float = 0.0
-    consistency_loss_weight: float = 0.0
+    consistency_loss_weight: float = 0.1
+    propagation_consistency_loss_weight: float = 1.0
     reveal_ratio: float = 0.5
     propagation_steps: int = 8
     propagation_alpha: float = 0.9
@@ -134,7 +145,10 @@ class BPGCNConfig(PreTrainedConfig):
             "head": "gcn",
             "head_num_layers": 2,
             "head_dropout": 0.0,
+            "head_loss_weight": 1.0,
             "propagation_loss_weight": 0.0,
+            "consistency_loss_weight": 0.0,
+            "propagation_consistency_loss_weight": 0.0,
             "propagation_mix": 0.0,
         }
         return cls(**(letter | overrides))
@@ -165,10 +179,11 @@ class BPGCNConfig(PreTrainedConfig):
     def _check_pairs(self) -> None:
         if not any(getattr(self, name) > 0 for name in LOSS_WEIGHTS):
             raise ValueError(f"All of {', '.join(LOSS_WEIGHTS)} are 0: nothing would train. Set one above 0.")
-        if self.head == "label_propagation" and self.propagation_loss_weight == self.neighborhood_loss_weight == 0:
+        propagates = self.propagation_loss_weight > 0 or self.propagation_consistency_loss_weight > 0
+        if self.head == "label_propagation" and not propagates and self.neighborhood_loss_weight == 0:
             raise ValueError(
                 "head='label_propagation' has no parameters, so only the ranking can train: set"
-                " propagation_loss_weight or neighborhood_loss_weight above 0."
+                " propagation_loss_weight, propagation_consistency_loss_weight or neighborhood_loss_weight above 0."
             )
         if self.graph_self_loop == "unit" and self.self_weight != type(self).self_weight:
             raise ValueError(
@@ -180,11 +195,11 @@ class BPGCNConfig(PreTrainedConfig):
                 f"head_hidden_size={self.head_hidden_size} must be a multiple of"
                 f" head_num_attention_heads={self.head_num_attention_heads}."
             )
-        if self.num_neighbors == 1 and self.ranking_normalization == "selected" and self.propagation_loss_weight > 0:
+        if self.num_neighbors == 1 and self.ranking_normalization == "selected" and propagates:
             raise ValueError(
                 "num_neighbors=1 with ranking_normalization='selected' gives every edge weight 1, so no gradient"
                 " reaches the ranking: raise num_neighbors, use ranking_normalization='all', or set"
-                " propagation_loss_weight=0."
+                " propagation_loss_weight=0 and propagation_consistency_loss_weight=0."
             )
 
     @property

@@ -47,6 +47,10 @@ def objective(
         )
     if config.consistency_loss_weight and head_logits is not None:
         parts["consistency_loss"] = consistency_loss(head_logits[asked], labels[asked])
+    if config.propagation_consistency_loss_weight:
+        parts["propagation_consistency_loss"] = propagation_consistency_loss(
+            propagation, label_graph, labels, config.num_labels, num_context
+        )
     loss = sum(getattr(config, f"{name}_weight") * value for name, value in parts.items())
     return loss, {name: value.detach() for name, value in parts.items()}
 
@@ -136,12 +140,26 @@ def neighborhood_loss(
 
 
 def consistency_loss(log_probabilities: Tensor, labels: Tensor) -> Tensor:
-    """Unlabelled rows: sure answers, balanced over classes. mean_i H(p_i) - H(mean_i p_i) + log C, which is >= 0
-    (information maximisation, Krause et al. 2010). 0 when every row is labelled."""
+    """Unlabelled rows: sure answers, that share out over the classes as the labelled rows do. With p_i the answers,
+    and q the classes' shares (one more image of each class counted): mean_i H(p_i) + KL(mean_i p_i || q), which is >= 0
+    (information maximisation, Krause et al. 2010, equation 6). 0 when every row is labelled. Shapes [N, C] and [N]."""
     rows = log_probabilities[labels < 0]
     if rows.shape[0] == 0:
         return log_probabilities.sum() * 0.0
     entropy = -(rows.exp() * rows).sum(-1).mean()
     marginal = rows.exp().mean(0)
-    balance = -(marginal * marginal.clamp_min(1e-12).log()).sum()
-    return entropy - balance + math.log(rows.shape[1])
+    counts = torch.bincount(labels[labels >= 0], minlength=rows.shape[1]).to(rows.dtype) + 1
+    divergence = (marginal * (marginal.clamp_min(1e-12).log() - (counts / counts.sum()).log())).sum()
+    return entropy + divergence
+
+
+def propagation_consistency_loss(
+    propagation: LabelPropagation, graph: RankingGraph, labels: Tensor, num_labels: int, num_context: int = 0
+) -> Tensor:
+    """`consistency_loss` of the propagated labels, every known class revealed. Only the edge weights carry this
+    gradient, as that of `masked_propagation_loss`. 0 when no node is left to ask, or none to reveal."""
+    asked = labels[: len(labels) - num_context]
+    if not ((asked < 0).any() and (labels >= 0).any()):
+        return graph.edge_weight.sum() * 0.0
+    z, _ = propagation(graph, known_classes(labels, num_labels, graph.edge_weight.dtype))
+    return consistency_loss(propagation.log_probabilities(z[: len(asked)]), asked)

@@ -34,6 +34,7 @@ PANELS = (
             "propagation_loss": "propagation loss",
             "neighborhood_loss": "neighborhood loss",
             "consistency_loss": "consistency loss",
+            "propagation_consistency_loss": "propagation consistency loss",
         },
     ),
     ("Accuracy", False, {"eval_accuracy": "inductive", "eval_transductive_accuracy": "transductive"}),
@@ -55,6 +56,7 @@ THIN = {
     "propagation loss",
     "neighborhood loss",
     "consistency loss",
+    "propagation consistency loss",
 }  # parts of the training loss, behind their sum
 
 
@@ -94,16 +96,20 @@ def _draw_panel(axes: Axes, title: str, logarithmic: bool, curves: dict[str, tup
         axes.set_yscale("log", nonpositive="mask")  # a schedule that ends at 0 ends at the axis
         # A schedule's last steps would stretch the axis over ten decades.
         axes.set_ylim(bottom=max(min(positive) / 1.5, max(positive) * 1e-5))
+    _style(axes, title, "step")
+    if len(curves) > 1:
+        axes.legend(fontsize=8, frameon=False, labelcolor=INK)
+
+
+def _style(axes: Axes, title: str, x_label: str) -> None:
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK)
-    axes.set_xlabel("step", fontsize=9, color=MUTED)
+    axes.set_xlabel(x_label, fontsize=9, color=MUTED)
     axes.tick_params(which="both", labelsize=8, colors=MUTED, length=0)
     axes.grid(color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     for side in ("top", "right", "left", "bottom"):
         axes.spines[side].set_visible(side == "bottom")
         axes.spines[side].set_color(GRID)
-    if len(curves) > 1:
-        axes.legend(fontsize=8, frameon=False, labelcolor=INK)
 
 
 def plot_training_curves(log_history: Sequence[dict], path: str | PathLike) -> Figure:

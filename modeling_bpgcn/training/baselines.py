@@ -30,6 +30,7 @@ LINEAR = {
     "propagation_loss_weight": 0.0,
     "neighborhood_loss_weight": 0.0,
     "consistency_loss_weight": 0.0,
+    "propagation_consistency_loss_weight": 0.0,
     "learn_temperature": False,
 }
 
@@ -66,7 +67,8 @@ def frozen_baselines(trainer: BPGCNTrainer, test_dataset) -> list[dict]:
     visible = torch.cat([classes, torch.full_like(query_ids[new], -100)])
     order = node_ids.argsort()
     rows = order[torch.searchsorted(node_ids[order], query_ids)]
-    results = [{"method": "frozen features, linear", **_linear(support, classes, queries, labels)}]
+    linear = classification_metrics(logistic_answers(support, classes, queries), labels)
+    results = [{"method": "frozen features, linear", **linear}]
     answers = _fixed_graph(trainer, nodes, visible, node_ids)
     for method, logits in answers.items():
         metrics = classification_metrics(logits[rows], labels)
@@ -74,7 +76,9 @@ def frozen_baselines(trainer: BPGCNTrainer, test_dataset) -> list[dict]:
     return [{**row, "baseline": True} for row in results]
 
 
-def _linear(support: Tensor, classes: Tensor, queries: Tensor, labels: Tensor) -> dict[str, float]:
+def logistic_answers(support: Tensor, classes: Tensor, queries: Tensor) -> Tensor:
+    """Log-probabilities [Q, C] of a logistic regression on standardised features [M, D] of known `classes` [M] (-100:
+    left out); a class without an image gets -100."""
     known = classes >= 0
     classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
     classifier.fit(support[known].cpu().numpy(), classes[known].cpu().numpy())
@@ -82,7 +86,7 @@ def _linear(support: Tensor, classes: Tensor, queries: Tensor, labels: Tensor) -
     log_probabilities[:, classifier.classes_] = torch.from_numpy(
         classifier.predict_log_proba(queries.cpu().numpy())
     ).float()
-    return classification_metrics(log_probabilities, labels)
+    return log_probabilities
 
 
 def _fixed_graph(trainer: BPGCNTrainer, nodes: Tensor, visible: Tensor, ids: Tensor) -> dict[str, Tensor]:
@@ -98,18 +102,28 @@ def _fixed_graph(trainer: BPGCNTrainer, nodes: Tensor, visible: Tensor, ids: Ten
     if model.head is not None:
         loop = {"self_weight": config.self_weight, "self_loop": config.graph_self_loop}
         graph = RankingGraph.from_ranking(ranking, **options, **loop)
-        answers[f"{config.head} head"] = _train_head(copy.deepcopy(model.head), nodes, graph, visible, trainer.args)
+        head, rate, progress = copy.deepcopy(model.head), trainer.args.head_learning_rate, not trainer.args.disable_tqdm
+        answers[f"{config.head} head"] = train_head(head, nodes, graph, visible, rate, FIXED_GRAPH_STEPS, progress)
     answers["label propagation"] = LabelPropagation.log_probabilities(z)
     return answers
 
 
-def _train_head(head: torch.nn.Module, nodes: Tensor, graph: RankingGraph, visible: Tensor, args) -> Tensor:
+def train_head(
+    head: torch.nn.Module,
+    nodes: Tensor,
+    graph: RankingGraph,
+    visible: Tensor,
+    learning_rate: float,
+    num_steps: int,
+    progress: bool = False,
+) -> Tensor:
+    """Train a head alone, on features [N, D] and a graph that stay as they are, with the classes `visible` [N] (-100
+    unknown); its log-probabilities [N, C]."""
     # the random stream of the run must not depend on whether its baselines are measured
     with torch.random.fork_rng(devices=[nodes.device] if nodes.is_cuda else []), torch.enable_grad():
         head.train().requires_grad_(True)
-        optimizer = torch.optim.AdamW(head.parameters(), lr=args.head_learning_rate, weight_decay=5e-4)
-        steps = logging.tqdm(range(FIXED_GRAPH_STEPS), desc="Fixed-graph baseline", disable=args.disable_tqdm)
-        for _ in steps:
+        optimizer = torch.optim.AdamW(head.parameters(), lr=learning_rate, weight_decay=5e-4)
+        for _ in logging.tqdm(range(num_steps), desc="Fixed-graph baseline", disable=not progress):
             loss = torch.nn.functional.cross_entropy(head(nodes, graph)[0], visible, ignore_index=-100)
             optimizer.zero_grad()
             loss.backward()
