@@ -42,7 +42,7 @@ class RankingGraph:
         *,
         symmetrization: str = "none",
         normalization: str = "row",
-        self_weight: float = 0.5,
+        self_weight: float | Tensor = 0.5,
         self_loop: str = "share",
         support_degree: Tensor | None = None,
         backend: str = "native",
@@ -104,9 +104,9 @@ class RankingGraph:
             raise ValueError(f"normalization={normalization!r} is unknown: choose row, symmetric or none.")
         return replace(self, edge_weight=edge, self_weight=own[:, None])
 
-    def _shared(self, self_weight: float) -> "RankingGraph":
+    def _shared(self, self_weight: float | Tensor) -> "RankingGraph":
         isolated = self.degree <= EPS
-        own = torch.where(isolated, 1.0, torch.full_like(self.degree, self_weight))[:, None]
+        own = torch.where(isolated, 1.0, torch.zeros_like(self.degree) + self_weight)[:, None]
         return replace(self, edge_weight=self.edge_weight * (1 - self_weight), self_weight=own)
 
     @property

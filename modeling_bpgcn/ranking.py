@@ -176,7 +176,13 @@ def _choose(backend: str, N: int, M: int, relaxation: str, normalization: str) -
 
 def _rank_dense(query, key, k, temperature, metric, relaxation, normalization, ids) -> Ranking:
     # divide before masking: the temperature's gradient at a score of -inf would be 0 * inf
-    logits = similarity(query, query if key is None else key, metric) / temperature  # [N, M]
+    return rank_logits(
+        similarity(query, query if key is None else key, metric) / temperature, k, relaxation, normalization, ids
+    )
+
+
+def rank_logits(logits: Tensor, k: int, relaxation: str, normalization: str, ids=None) -> Ranking:
+    """What `soft_topk` makes of S / tau [N, M]; `ids` are [N] and [M], and pairs of equal ids no candidates."""
     if ids is None:
         return RELAXATIONS[relaxation](logits, k, normalization)
     allowed = ids[0][:, None] != ids[1][None, :]

@@ -13,6 +13,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from ..configuration_bpgcn import CHOICES, BPGCNConfig
 from .data import DataArguments
 from .prefix_cache import DTYPES
+from .sharpness import check_sharpness
 
 TEMPERATURE_SCHEDULES = ("constant", "linear", "cosine", "learned")
 BASELINES = ("none", "frozen", "all")
@@ -83,6 +84,12 @@ class BPGCNTrainingArguments(TrainingArguments):
             "choices": RANKING_SHARDS,
         },
     )
+    sam_rho: float = field(
+        default=0.0, metadata={"help": "Take the gradient where the weights have gone so far up the loss (SAM)."}
+    )
+    gradient_norm_penalty: float = field(
+        default=0.0, metadata={"help": "Weight of the squared norm of the loss's own gradient for the features."}
+    )
     labeled_batch_fraction: float | None = field(
         default=None, metadata={"help": "Share of labelled images in each batch; plain shuffled batches unless given."}
     )
@@ -103,6 +110,9 @@ class BPGCNTrainingArguments(TrainingArguments):
             "choices": BASELINES,
         },
     )
+    gradient_flow_steps: int = field(
+        default=0, metadata={"help": "Every so many steps, log the gradient on each path; draw it at the end (0: no)."}
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Kept off: the transform needs the image."})
     label_names: list[str] | None = field(
         default_factory=lambda: ["labels"], metadata={"help": "The inputs that evaluation compares answers with."}
@@ -116,7 +126,7 @@ class BPGCNTrainingArguments(TrainingArguments):
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ValueError(f"{name}={value} must not be negative.")
-        for name in ("trainable_blocks", "head_only_steps"):
+        for name in ("trainable_blocks", "head_only_steps", "gradient_flow_steps"):
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ValueError(f"{name}={value} must be 0 or more.")
@@ -137,6 +147,7 @@ class BPGCNTrainingArguments(TrainingArguments):
                 f"{self.temperature_schedule!r}: use linear or cosine."
             )
         self._check_graph()
+        check_sharpness(self)
         if self.early_stopping_patience is not None and not self.load_best_model_at_end:
             raise ValueError("early_stopping_patience needs load_best_model_at_end true and an eval_strategy.")
 

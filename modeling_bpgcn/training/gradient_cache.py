@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from .random_state import State, get_random_state, set_random_state
+
 
 class WholeSet:
     """A loader of one batch an epoch: all images of this process, as chunks that are read when they are needed."""
@@ -49,14 +51,14 @@ class GradientCache:
         progress: Callable[[Collection, str], Collection] = lambda chunks, description: chunks,
     ):
         self.chunks, self._embed, self._progress = chunks, embed, progress
-        self._noise: list[tuple[Tensor, Tensor | None]] = []
+        self._noise: list[State] = []
 
     @torch.no_grad()
     def embed(self, device: torch.device, trains: bool) -> dict[str, Tensor]:
         """`features` (a leaf that asks for its gradient if the backbone trains), `labels` and `node_ids` of all."""
         parts = []
         for chunk in self._progress(self.chunks, "Embedding"):
-            self._noise.append(_random_state(device))
+            self._noise.append(get_random_state(device))
             parts.append((self._embed(chunk), chunk["labels"].to(device), chunk["node_ids"].to(device)))
         features, labels, node_ids = (torch.cat(column) for column in zip(*parts, strict=True))
         return {"features": features.requires_grad_(trains), "labels": labels, "node_ids": node_ids}
@@ -76,11 +78,11 @@ class GradientCache:
                 exchange, which waits for every parameter, takes them along with the last chunk.
         """
         device = gradient.device
-        after = _random_state(device)
+        after = get_random_state(device)
         done = 0
         for number, chunk in enumerate(self._progress(self.chunks, "Gradients")):
             last = number == len(self._noise) - 1
-            _set_random_state(self._noise[number], device)
+            set_random_state(self._noise[number], device)
             with nullcontext() if last else no_sync():
                 features = self._embed(chunk)
                 outputs = [(features, gradient[done : done + len(features)])]
@@ -89,14 +91,4 @@ class GradientCache:
                     outputs.append((touched, None))
                 torch.autograd.backward(*zip(*outputs, strict=True))
             done += len(features)
-        _set_random_state(after, device)
-
-
-def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-
-def _set_random_state(state: tuple[Tensor, Tensor | None], device: torch.device) -> None:
-    torch.set_rng_state(state[0])
-    if state[1] is not None:
-        torch.cuda.set_rng_state(state[1], device)
+        set_random_state(after, device)

@@ -29,6 +29,7 @@ INCIDENTAL = {
     "disable_tqdm",
     "fsdp",
     "fsdp_config",
+    "gradient_flow_steps",
     "hub_always_push",
     "hub_model_id",
     "hub_private_repo",

@@ -2,19 +2,17 @@
 
 import contextlib
 import copy
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
 
 import datasets
-import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback
-from transformers.trainer_utils import seed_worker
 from transformers.utils import logging
 
 from ..ranking import Ranking
@@ -25,10 +23,13 @@ from .feature_memory import FeatureMemory
 from .freezing import freeze_by_pattern, split_groups, train_last_blocks
 from .gather import gather_rows
 from .gradient_cache import GradientCache, WholeSet, split_rows
+from .gradient_flow_callback import GradientFlowCallback
+from .loading import graph_sampler, training_loader
 from .prefix_cache import cache_prefix
+from .random_state import get_random_state, seeded, set_random_state
 from .run_folder import explained_writing
-from .sampler import MixedBatchSampler, ProcessShare, RepeatableRows
 from .sharded_ranking import rank_ring, rank_rows
+from .sharpness import check_sharpness_runs, gradient_penalty, perturbed
 from .statistics import StepStatistics
 
 
@@ -65,6 +66,7 @@ class BPGCNTrainer(BankEvaluator):
                 f"{config.learn_temperature}: they must agree."
             )
         super().__init__(model, args, **kwargs)
+        check_sharpness_runs(self)
         if self.compute_metrics is None:
             self.compute_metrics = self._metrics
         self.support_dataset = self.train_dataset if support_dataset is None else support_dataset
@@ -81,37 +83,16 @@ class BPGCNTrainer(BankEvaluator):
         if args.early_stopping_patience is not None:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
         self.add_callback(CurvesCallback())
+        self.add_callback(GradientFlowCallback(self._statistics))
 
     def get_train_dataloader(self) -> DataLoader | WholeSet:
         """This process's part of the batches of `MixedBatchSampler`: their make-up is that of the graph."""
         if self.train_dataset is None:
             raise ValueError("Training needs a train_dataset.")
-        args = self.args
-        seed = args.seed if args.data_seed is None else args.data_seed
-        whole = args.graph_scope == "full"
-        batch_size = len(self.train_dataset) if whole else self._train_batch_size * args.world_size
-        sampler = MixedBatchSampler(
-            self._read_classes(),
-            batch_size=min(batch_size, len(self.train_dataset)),
-            labeled_batch_fraction=args.labeled_batch_fraction,
-            class_balanced=args.class_balanced_batches,
-            seed=seed,
-        )
+        sampler = graph_sampler(self.args, self._read_classes(), self._train_batch_size)
         self.pop_callback(SamplerEpoch)
         self.add_callback(SamplerEpoch(sampler))
-        chunk_size = (args.gradient_cache_chunk_size or self._train_batch_size) if whole else None
-        loader = DataLoader(
-            RepeatableRows(self._training_rows(), seed),
-            batch_sampler=ProcessShare(sampler, args.process_index, args.world_size, chunk_size),
-            collate_fn=self.data_collator,
-            num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory,
-            persistent_workers=args.dataloader_persistent_workers,
-            prefetch_factor=args.dataloader_prefetch_factor,
-            worker_init_fn=lambda worker: seed_worker(worker, args.dataloader_num_workers, args.process_index),
-            generator=torch.Generator(),  # a loader draws a seed: not from the random stream of training
-        )
-        return WholeSet(loader) if whole else loader
+        return training_loader(self.args, self._training_rows(), sampler, self._train_batch_size, self.data_collator)
 
     def _training_rows(self):
         """The training images, or what the backbone's frozen blocks have made of them."""
@@ -151,7 +132,22 @@ class BPGCNTrainer(BankEvaluator):
         return optimizer
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
-        """A step of `Trainer`, of images in chunks by gradient caching; a bank built before it is dropped as stale."""
+        """A step of `Trainer`; with `sam_rho` the gradient is that of another, of equal noise at perturbed weights."""
+        if not self.args.sam_rho:
+            return self._backpropagate(model, inputs, num_items_in_batch)
+        noise, before = get_random_state(self.args.device), (self._micro_step, copy.copy(self._memory))
+        loss = self._backpropagate(model, inputs, num_items_in_batch)
+        after = self._memory, self._statistics  # both tell of the weights as they are
+        (self._micro_step, self._memory), self._statistics = before, StepStatistics()
+        set_random_state(noise, self.args.device)
+        with perturbed(model.parameters(), self.args.sam_rho):
+            sam_loss = self._backpropagate(model, inputs, num_items_in_batch)
+        self._memory, self._statistics = after
+        self._statistics.add("sam_loss", sam_loss)
+        return loss
+
+    def _backpropagate(self, model, inputs, num_items_in_batch) -> Tensor:
+        """Loss and gradient, of images in chunks by gradient caching; a bank built before them is dropped as stale."""
         self.bpgcn.support_bank.clear()
         size, trains = self.args.gradient_cache_chunk_size, self._backbone_trains()
         chunks = inputs["chunks"] if "chunks" in inputs else split_rows(inputs, size) if size else None
@@ -198,7 +194,8 @@ class BPGCNTrainer(BankEvaluator):
             self._statistics.update(self._memory.staleness(nodes["features"], nodes["node_ids"], step))
             graph = self._memory.extend(nodes, step)
         # by a hook on the model itself: DDP hands on copies of its outputs, which no gradient passes
-        with self._graph_noise(), self.bpgcn.register_forward_hook(self._statistics.watch_paths):
+        noise, penalty = self._graph_noise(), gradient_penalty(self.bpgcn, self.args.gradient_norm_penalty)
+        with noise, penalty, self.bpgcn.register_forward_hook(self._statistics.watch_paths):
             outputs = model(
                 **graph,
                 num_context=len(graph["labels"]) - asked,
@@ -219,17 +216,12 @@ class BPGCNTrainer(BankEvaluator):
         rank = {"rows": rank_rows, "ring": rank_ring}[self.args.ranking_shards]
         return rank(local["features"], local["node_ids"], **self.bpgcn.bpgcn.rank_options())
 
-    @contextlib.contextmanager
-    def _graph_noise(self) -> Iterator[None]:
+    def _graph_noise(self) -> contextlib.AbstractContextManager:
         """Dropout and drawn labels of the graph depend on seed and step alone: the same for every process, however many
         there are."""
         step = self.state.global_step
         self._micro_step = (step, self._micro_step[1] + 1 if self._micro_step[0] == step else 0)
-        state = np.random.SeedSequence((self.args.seed, *self._micro_step)).generate_state(1, np.uint64)
-        device = self.args.device
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(int(state[0]))
-            yield
+        return seeded((self.args.seed, *self._micro_step), self.args.device)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in `Trainer`; training logs also carry the means since the last one and each group's learning rate."""

@@ -1,0 +1,1 @@
+"""Commands of `python -m modeling_bpgcn`: each module has `main(arguments)`."""
