@@ -17,21 +17,27 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import datasets
+import numpy as np
 import torch
 from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
+from modeling_bpgcn.analysis.arms import TWO_STAGE
 from modeling_bpgcn.analysis.evidence_cells import append_cell, cell_key, read_cells
+from modeling_bpgcn.analysis.evidence_plots import plot_embedding
+from modeling_bpgcn.analysis.evidence_report import write_report
 from modeling_bpgcn.analysis.experiment import read_images, run_cell
 from modeling_bpgcn.analysis.protocol import NUM_FOLDS, make_split
 
 MAIN = ("frozen", "ce", "neighborhood", "detached", "full")
+COMMAND = "python benchmarks/evidence.py --data FOLDER [FOLDER ...] --backbone FOLDER_OR_HUB_NAME"
+PICTURED = ("frozen", "full")
 ABLATIONS = ("uniform", "ranking_only", "random")
-# chosen for each arm and data set on halves of the labelled images, see evidence.md; the ablations train as `full` does
+# chosen on halves of the labelled images, see evidence.md; the ablations train as `full` does
+SETTINGS = {"default": {"max_steps": 30}, "trashnet": {"max_steps": 60}}
 LEARNING_RATES = {
-    "ce": {"default": 2e-4},
-    "neighborhood": {"default": 5e-4},
-    "full": {"default": 5e-4, "trashnet": 3e-4},
+    "default": {"ce": 2e-4, "neighborhood": 5e-4, "full": 5e-4},
+    "trashnet": {"ce": 2e-4, "neighborhood": 5e-4, "full": 3e-4},
 }
 FOLDS = range(NUM_FOLDS)
 _images = {}
@@ -49,8 +55,9 @@ def chosen(cell: dict) -> dict:
     """What an arm trains with on a data set, beside the defaults of `experiment.TRAINING`."""
     if cell["arm"] == "frozen":
         return {}
-    rates = LEARNING_RATES.get(cell["arm"], LEARNING_RATES["full"])
-    return {"learning_rate": rates.get(cell["data"], rates["default"])}
+    data = cell["data"] if cell["data"] in SETTINGS else "default"
+    rates = LEARNING_RATES[data]
+    return SETTINGS[data] | {"learning_rate": rates.get(cell["arm"], rates["full"])}
 
 
 def grid(data: list[str], quick: bool) -> list[dict]:
@@ -78,7 +85,14 @@ def run(cell: dict, folder: str, options: argparse.Namespace) -> dict:
     split = make_split(images.classes, **{name: cell[name] for name in names})
     trace = cell["stage"] == "test" and cell["seed"] == 0 and cell["fold"] < 2 and cell["noise"] == 0
     settings = {"trainable_blocks": blocks} | cell["settings"]
-    return cell | run_cell(images, options.backbone, split, cell["arm"], cell["seed"], settings, trace)
+    pictured = trace and cell["fold"] == 0 and cell["budget"] == "10%" and cell["arm"] in PICTURED
+    features_file = features_path(options.output, cell["data"], cell["arm"]) if pictured else None
+    return cell | run_cell(images, options.backbone, split, cell["arm"], cell["seed"], settings, trace, features_file)
+
+
+def features_path(output: Path, data: str, arm: str) -> Path:
+    """Where the features of an arm are kept for the pictures of its clusters."""
+    return output / "features" / f"{data}-{arm}.npz"
 
 
 def _prepare() -> None:
@@ -125,6 +139,39 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def report(options: argparse.Namespace, planned: list[dict], data: list[str]) -> Path:
+    """The report of the cells there are, with the features before and after training."""
+    cells = read_cells(options.output / "cells.jsonl")
+    path = write_report(cells, options.output / "report", command=COMMAND, planned=planned)
+    for name in data:
+        files = [features_path(options.output, name, arm) for arm in PICTURED]
+        if all(file.is_file() for file in files):
+            before, after = (np.load(file) for file in files)
+            picture = options.output / "report" / f"embedding-{name}.png"
+            plot_embedding(before["features"], after["features"], before["classes"], picture)
+    return path
+
+
+def choices(cells: list[dict]) -> str:
+    """How the settings tried did on the labelled images kept for the choice, best answer of each arm first."""
+    tried = {}
+    for cell in cells:
+        if cell["stage"] == "choose":
+            key = cell["data"], cell["arm"], json.dumps(cell["settings"], sort_keys=True)
+            tried.setdefault(key, []).append(cell["answers"])
+    lines = [
+        "| data | arm | settings | folds | best answer | accuracy | NLL |",
+        "| --- | --- | --- | ---: | --- | ---: | ---: |",
+    ]
+    for (data, arm, settings), answers in sorted(tried.items()):
+        names = [name for name in answers[0] if not name.startswith("inductive")]
+        means = {n: [sum(a[n][m] for a in answers) / len(answers) for m in ("accuracy", "nll")] for n in names}
+        best = max(names, key=lambda n: means[n][0]) if arm in TWO_STAGE else "transductive"
+        accuracy, nll = means[best]
+        lines.append(f"| {data} | {arm} | {settings} | {len(answers)} | {best} | {100 * accuracy:.1f} | {nll:.3f} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Run, then report."""
     options = parse()
@@ -132,16 +179,18 @@ def main() -> None:
     names = [Path(folder).name for folder in options.data]
     if options.choose:
         trials = [json.loads(line) for line in options.choose.read_text().splitlines() if line.strip()]
-        cells = [
-            cell
-            for trial in trials
-            for cell in product(
-                [trial.pop("arm")], names, range(options.folds), (0,), ("10%",), stage="choose", settings=trial
-            )
-        ]
+        cells = []
+        for trial in trials:
+            arm = trial.pop("arm")
+            cells += product([arm], names, range(options.folds), (0,), ("10%",), stage="choose", settings=trial)
     else:
         cells = grid(names, options.quick)
-    run_all(cells, options)
+    if not options.report_only:
+        run_all(cells, options)
+    if options.choose:
+        print(choices(read_cells(options.output / "cells.jsonl")))
+    else:
+        print(f"Report: {report(options, cells, names)}")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .relaxations import Ranking
-from .sparse_ops import neighbor_sum
+from .sparse_ops import neighbor_sum, scatter_sum
 
 try:
     import torch_scatter
@@ -25,7 +25,8 @@ class RankingGraph:
 
     Regular graphs keep the N x k layout of the ranking: `source` [N, k], `edge_weight` [N, k], `target` None.
     Irregular ones are lists of edges: `source` [E], `target` [E], `edge_weight` [E]; an edge may occur twice, the
-    weights then add up. `self_weight` [N, 1] is c; `degree` [N] the row sums of A, without self-loops.
+    weights then add up. `self_weight` [N, 1] is c; `degree` [N] the row sums of A, without self-loops. `ranked` [N, k]
+    says that the list is that of a ranking, i -> ranked_ij in order, followed by the same edges the other way round.
     """
 
     source: Tensor
@@ -34,6 +35,7 @@ class RankingGraph:
     degree: Tensor
     target: Tensor | None = None
     backend: str = "native"
+    ranked: Tensor | None = None
 
     @classmethod
     def from_ranking(
@@ -87,7 +89,8 @@ class RankingGraph:
         source, target = torch.cat([columns, rows]), torch.cat([rows, columns])
         edge_weight = torch.cat([weights, weights])
         degree = segment_sum(edge_weight, target, N, backend)
-        return cls(source, edge_weight, torch.zeros_like(degree)[:, None], degree, target, backend)
+        own = torch.zeros_like(degree)[:, None]
+        return cls(source, edge_weight, own, degree, target, backend, ranking.indices)
 
     def _normalized(self, normalization: str, loop: float, support_degree: Tensor | None) -> "RankingGraph":
         total = self.degree + loop
@@ -125,6 +128,10 @@ class RankingGraph:
         return (self.self_weight * own + self._neighbor_sum(messages)).to(state.dtype)
 
     def _neighbor_sum(self, messages: Tensor) -> Tensor:
+        if self.ranked is not None and self.ranked.shape[1] > 0 and self.backend == "native":
+            there, back = (part.view_as(self.ranked) for part in self.edge_weight.chunk(2))
+            sums = neighbor_sum(self.ranked, there, messages), scatter_sum(self.ranked, back, messages, self.num_nodes)
+            return sums[0] + sums[1]
         if self.target is not None:
             return segment_sum(
                 self.edge_weight[:, None] * messages[self.source], self.target, self.num_nodes, self.backend

@@ -144,4 +144,7 @@ def edge_dot(indices: Tensor, y: Tensor, x: Tensor) -> Tensor:
 
 def scatter_sum(indices: Tensor, weights: Tensor, y: Tensor, size: int) -> Tensor:
     """The sum over the edges ij that end in m of weights_ij y_i: [N, k], [N, k], [N, D] -> [size, D]."""
+    if torch.compiler.is_compiling():
+        messages = weights[:, :, None] * y[:, None, :]
+        return y.new_zeros(size, y.shape[1]).index_add(0, indices.flatten(), messages.flatten(0, 1))
     return _ScatterSum.apply(indices, weights, y, size)

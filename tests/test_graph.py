@@ -1,5 +1,6 @@
 """The ranking graph: every option equals its dense formula, in value and gradient, and propagation is a product."""
 
+import dataclasses
 import itertools
 import types
 
@@ -13,7 +14,7 @@ from torch.testing import assert_close
 
 from modeling_bpgcn import graph as graph_module
 from modeling_bpgcn.graph import RankingGraph, neighbor_sum, segment_sum
-from modeling_bpgcn.ranking import Ranking
+from modeling_bpgcn.ranking import Ranking, soft_topk
 from tests.model_factory import dense_ranking, random_ranking
 
 SYMMETRIZATIONS = ("none", "mean", "mutual")
@@ -350,3 +351,19 @@ def test_without_torch_scatter_its_back_end_says_how_to_install_it(monkeypatch):
 def test_unknown_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         RankingGraph.from_ranking(random_ranking(5, 2), **options)
+
+
+@pytest.mark.parametrize("normalization", ["row", "symmetric", "none"])
+def test_a_symmetrised_graph_adds_up_the_same_by_rows_as_edge_by_edge(normalization):
+    features = torch.randn(9, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    ranking = soft_topk(features, num_neighbors=3, temperature=0.5)
+    graph = RankingGraph.from_ranking(ranking, symmetrization="mean", normalization=normalization)
+    results = []
+    for form in (graph, dataclasses.replace(graph, ranked=None)):
+        out = form.propagate(features, features.square())
+        (first,) = torch.autograd.grad(out.square().sum(), features, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), features, retain_graph=True)
+        results.append((out, first, second))
+    for fast, slow in zip(*results, strict=True):
+        assert slow.abs().sum() > 0
+        assert_close(fast, slow)

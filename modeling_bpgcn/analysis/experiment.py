@@ -32,7 +32,8 @@ from .ranking_metrics import edge_churn, hubness, ranking_quality
 
 NUM_TRACED = 10  # points of the curves of a run
 CHUNK = 256
-# what every arm trains with, unless the settings of a cell say otherwise; chosen on labelled images alone
+# what every arm goes by, unless the settings of a cell say otherwise; chosen on labelled images alone
+CONFIG = {"num_neighbors": 20, "graph_symmetrization": "mean"}
 TRAINING = {
     "max_steps": 30,
     "per_device_train_batch_size": 256,
@@ -72,12 +73,22 @@ def read_images(folder: str, backbone: str, image_size: int, trainable_blocks: i
     return Images(states, classes, int(classes.max()) + 1)
 
 
-def run_cell(images: Images, backbone: str, split: Split, arm: str, seed: int, settings: dict, trace: bool) -> dict:
+def run_cell(
+    images: Images,
+    backbone: str,
+    split: Split,
+    arm: str,
+    seed: int,
+    settings: dict,
+    trace: bool,
+    features_file: Path | None = None,
+) -> dict:
     """Train `arm` on the classes that `split` shows, answer, and score.
 
     Args:
         settings: fields of `BPGCNConfig` and of `BPGCNTrainingArguments` that differ from the defaults.
         trace: follow the ranking during training, too.
+        features_file: keep the features [N, D] there, with the classes, for a picture.
 
     Returns:
         `answers` (metrics of each way to answer), `ranking` (its quality), `curve` (by step), `confusion` and `tested`
@@ -85,6 +96,9 @@ def run_cell(images: Images, backbone: str, split: Split, arm: str, seed: int, s
     """
     started = time.perf_counter()
     answers, features, curve = train_and_answer(images, backbone, split, arm, seed, settings, trace)
+    if features_file is not None:
+        features_file.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(features_file, features=features.half().numpy(), classes=images.classes)
     main = answers["transductive" if arm in END_TO_END else "mix"][split.scored].argmax(-1).numpy()
     counts = np.bincount(images.classes[split.scored] * images.num_classes + main, minlength=images.num_classes**2)
     return {
@@ -104,7 +118,7 @@ def train_and_answer(
     """Answers [N, C] by name, features [N, D] of all images, and the curve; arguments as in `run_cell`."""
     set_seed(seed)
     fields = {f.name for f in dataclasses.fields(BPGCNConfig)}
-    config = {"num_labels": images.num_classes} | {n: v for n, v in settings.items() if n in fields}
+    config = CONFIG | {"num_labels": images.num_classes} | {n: v for n, v in settings.items() if n in fields}
     training = TRAINING | {n: v for n, v in settings.items() if n not in fields}
     watched, curve = split if trace else None, []
     if arm in END_TO_END:
