@@ -7,7 +7,7 @@ FAULT, TRAINS = "FAULT:", "The ranking trains:"
 WEAK = 0.05  # an `edge_share` below: the ranking hardly trains
 FLAT = 0.97  # effective neighbours, as a share of k, above: all weigh about the same
 SATURATED = 1.5  # effective neighbours below: the nearest has it all
-FIXED = "fixed"
+FIXED, FLAT_NAME = "fixed", "flat"
 DROWNED = 0.5  # weight of an image as its own neighbour above: no other matters
 
 
@@ -27,7 +27,7 @@ def verdict(config: BPGCNConfig, graph: GraphGradients, num_labeled: int) -> str
     if not graph.weights.any() and name != FIXED:
         return f"No gradient: the loss asks nothing of this graph, of which {num_labeled} images are labeled."
     arrives = f"{percent(graph.edge_share)} of the features' gradient arrives through the edge weights"
-    if graph.edge_share >= WEAK:
+    if graph.edge_share >= WEAK and name != FLAT_NAME:  # among equal weights there is no ranking, whatever arrives
         return f"The ranking trains although {cause}: {arrives}." if cause else f"{TRAINS} {arrives}."
     return f"The ranking is {name}: {cause}; {arrives}." if cause else f"The ranking is {name}: {arrives}."
 
@@ -40,7 +40,7 @@ def _state(config: BPGCNConfig, graph: GraphGradients) -> tuple[str, str]:
     if graph.self_mass is not None and graph.self_mass > DROWNED:
         return "drowned", f"tau = {tau:.3g} gives an image {percent(graph.self_mass)} of its own weights"
     if effective > FLAT * k:
-        return "flat", f"tau = {tau:.3g} leaves the weights within {percent(graph.spread)} of uniform"
+        return FLAT_NAME, f"tau = {tau:.3g} leaves the weights within {percent(graph.spread)} of uniform"
     if effective < SATURATED:
         return "saturated", f"tau = {tau:.3g} leaves {effective:.1f} effective neighbors of {k}"
     return "faint", ""
