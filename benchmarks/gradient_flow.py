@@ -2,8 +2,8 @@
 
     python benchmarks/gradient_flow.py --data FOLDER --backbone FOLDER_OR_HUB_NAME
 
-The default; the same with edge weights that carry no gradient, as in code that builds its edges from indices; and tau = 1
-with each image among its own neighbours. Untrained heads, 256 images of which about half are labelled.
+The default; the same with edge weights that carry no gradient, as in code that builds its edges from indices; and
+tau = 1 with each image among its own neighbours. Untrained heads, 256 images of which about half are labelled.
 """
 
 import argparse

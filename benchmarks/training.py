@@ -285,7 +285,10 @@ SEED = {
     "ranking_normalization": "all",
     "ranking_exclude_self": False,
     "graph_normalization": "symmetric",
+    "head_loss_weight": 1.0,
     "propagation_loss_weight": 0.0,
+    "consistency_loss_weight": 0.0,
+    "propagation_consistency_loss_weight": 0.0,
 }
 TABLES = {
     "step": step_table,

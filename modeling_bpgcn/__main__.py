@@ -7,6 +7,9 @@ import sys
 PROGRAM = "python -m modeling_bpgcn"
 # name: (module of this package with `main(arguments)`, what it does)
 COMMANDS = {
+    "predict": ("commands.predict", "classes of image files, and the support images that they rest on"),
+    "index": ("commands.index", "build the support bank of a model from image files"),
+    "evaluate": ("commands.evaluate", "accuracy, calibration and retrieval on labeled images"),
     "inspect": (
         "commands.inspect",
         "where the gradient arrives, and whether the ranking trains: a table and a picture",

@@ -85,6 +85,9 @@ class BPGCNConfig(PreTrainedConfig):
         propagation_mix (`float`, defaults to 0.5):
             share of the propagated labels in the answer; 0 is the head alone, 1 pure label propagation.
         bank_size, bank_dtype (0, `"float32"`): the support bank's size and storage; written by the model.
+        bank_fingerprint (`dict[str, str]`, *optional*):
+            Digests of the backbone's configuration and weights (and of the image processor's settings) that made the
+            support bank's features; written by the model, `None` without a bank.
 
     Raises:
         ValueError: for an unknown choice, a value out of range or two that contradict each other, naming the field.
@@ -126,6 +129,7 @@ class BPGCNConfig(PreTrainedConfig):
     propagation_mix: float = 0.5
     bank_size: int = 0
     bank_dtype: str = "float32"
+    bank_fingerprint: dict[str, str] | None = None
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)

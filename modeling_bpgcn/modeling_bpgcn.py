@@ -8,6 +8,8 @@ from torch import Tensor
 from transformers import AutoModel
 from transformers.utils import logging
 
+from .bank_editing import SupportBankMixin
+from .bank_search import rank_bank
 from .configuration_bpgcn import BPGCNConfig
 from .graph import RankingGraph
 from .heads import HEADS, LabelPropagation
@@ -15,7 +17,7 @@ from .image_features import check_features, check_pixels, pool_tokens, run_last_
 from .objectives import check_classes, head_loss, known_classes, objective
 from .pretrained import BPGCNImageClassifierOutput, BPGCNModelOutput, BPGCNPreTrainedModel, RankingTemperature
 from .ranking import Ranking, soft_topk
-from .support_bank import SupportBank, build_support_bank, join_bank
+from .support_bank import SupportBank, join_bank
 
 logger = logging.get_logger(__name__)
 
@@ -70,14 +72,15 @@ class BPGCNModel(BPGCNPreTrainedModel):
 
     def rank(self, query: Tensor, query_ids=None, key: Tensor | None = None, key_ids=None) -> Ranking:
         """`soft_topk` with the config's options: query [N, D] among the keys [M, D], or among themselves."""
-        config = self.config
-        candidates = query.shape[0] - config.ranking_exclude_self if key is None else key.shape[0]
-        if candidates < config.num_neighbors:
+        self._say_if_few(query.shape[0] - self.config.ranking_exclude_self if key is None else key.shape[0])
+        return soft_topk(query, key, query_ids=query_ids, key_ids=key_ids, **self.rank_options())
+
+    def _say_if_few(self, candidates: int) -> None:
+        if candidates < self.config.num_neighbors:
             logger.warning_once(
-                f"num_neighbors={config.num_neighbors} is more than the {candidates} candidates of this graph:"
+                f"num_neighbors={self.config.num_neighbors} is more than the {candidates} candidates of this graph:"
                 f" {candidates} are used. Use larger batches or lower num_neighbors."
             )
-        return soft_topk(query, key, query_ids=query_ids, key_ids=key_ids, **self.rank_options())
 
     def rank_options(self) -> dict:
         """The config's options of `soft_topk`, with the temperature as it is now."""
@@ -93,15 +96,19 @@ class BPGCNModel(BPGCNPreTrainedModel):
             "exclude_self": config.ranking_exclude_self,
         }
 
-    def rank_in_bank(self, query: Tensor, query_ids: Tensor | None = None) -> Ranking:
+    def rank_in_bank(self, query: Tensor, query_ids: Tensor | None = None, num_neighbors: int | None = None) -> Ranking:
         """Rank the support bank for each query; with ids, a query that the bank holds is not its own neighbour."""
-        bank = self.support_bank
+        bank, options = self.support_bank, self.rank_options()
         if bank.size == 0:
             raise ValueError(
                 "This model has no support bank to answer from. Build it with model.build_support_bank(dataset, ...),"
                 " or pass support='batch' to let the images of the batch be each other's neighbours."
             )
-        return self.rank(query, query_ids, bank.features, None if query_ids is None else bank.ids)
+        if num_neighbors is None:
+            self._say_if_few(bank.size)
+        else:
+            options["num_neighbors"] = num_neighbors
+        return rank_bank(bank, query, query_ids, options)
 
     def resolve_support(self, support: str | None) -> str:
         """The named support, or the default: the batch in training, else the bank."""
@@ -136,7 +143,7 @@ class BPGCNModel(BPGCNPreTrainedModel):
         return output if return_dict is not False else output.to_tuple()
 
 
-class BPGCNForImageClassification(BPGCNPreTrainedModel):
+class BPGCNForImageClassification(SupportBankMixin, BPGCNPreTrainedModel):
     """BPGCN with a graph head, its objective, and answers from the support bank."""
 
     def __init__(self, config: BPGCNConfig):
@@ -146,33 +153,9 @@ class BPGCNForImageClassification(BPGCNPreTrainedModel):
         self.label_propagation = LabelPropagation(config)
         self.post_init()
 
-    @property
-    def support_bank(self) -> SupportBank:
-        return self.bpgcn.support_bank
-
     def get_image_features(self, pixel_values: Tensor) -> Tensor:
         """Pooled features [B, D] of images [B, channels, height, width]."""
         return self.bpgcn.get_image_features(pixel_values)
-
-    def build_support_bank(self, dataset, **options) -> None:
-        """Embed the support images and store what answers read, see `support_bank.build_support_bank`."""
-        build_support_bank(self, dataset, **options)
-
-    @torch.no_grad()
-    def set_support_bank(self, features: Tensor, classes: Tensor, ids: Tensor | None = None) -> None:
-        """Fill the bank from features [M, D] and classes [M] (-100 unknown): one graph of all support images."""
-        check_classes(self.config.num_labels, labels=None, support_classes=classes)
-        ids = torch.arange(features.shape[0], device=features.device) if ids is None else ids
-        training = self.training
-        self.eval()
-        ranking = self.bpgcn.rank(features, ids)
-        graph = self._graph(ranking)
-        states = [] if self.head is None else self.head(features.to(self.dtype), graph)[1]
-        known = known_classes(classes, self.config.num_labels, ranking.weights.dtype)
-        _, propagated = self.label_propagation(self._label_graph(ranking), known)
-        self.support_bank.fill(features, classes, ids, graph.degree, propagated, states)
-        self.config.bank_size = self.support_bank.size
-        self.train(training)
 
     def _graph(self, ranking: Ranking, support_degree: Tensor | None = None) -> RankingGraph:
         config = self.config
@@ -240,19 +223,19 @@ class BPGCNForImageClassification(BPGCNPreTrainedModel):
         # two views of one tensor, so that the gradient of each path can be told apart
         ranked, messages = features.view_as(features), features.view_as(features).to(self.dtype)
         if support == "bank":
-            bank = self.support_bank
             ranking = self.bpgcn.rank_in_bank(ranked, node_ids)
-            degree, states, label_graph = bank.degree, bank.states, self._label_graph(ranking, bank.degree)
-            z = self.label_propagation.read(label_graph, bank.propagated)
+            edges, degree, states, propagated = self.support_bank.read(ranking)
+            label_graph = self._label_graph(edges, degree)
+            z = self.label_propagation.read(label_graph, propagated)
         else:
             ranking = self.bpgcn.rank(ranked, node_ids) if ranking is None else ranking
-            degree, states, label_graph, z = None, None, self._label_graph(ranking), None
+            edges, degree, states, label_graph, z = ranking, None, None, self._label_graph(ranking), None
             if support_classes is not None:
                 known = known_classes(support_classes, self.config.num_labels, ranking.weights.dtype)
                 z, _ = self.label_propagation(label_graph, known)
         head_logits = None
         if self.head is not None:
-            scores, _ = self.head(messages, self._graph(ranking, degree), states)
+            scores, _ = self.head(messages, self._graph(edges, degree), states)
             head_logits = torch.log_softmax(scores.to(ranking.weights.dtype), dim=-1)
         logits = self.label_propagation.mix(head_logits, z)
         if logits is None:  # label propagation alone, on a batch whose classes nobody gave

@@ -8,10 +8,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import ModelOutput
+from transformers.modeling_utils import load_state_dict
+from transformers.utils import ModelOutput, cached_file
 
+from .bank_search import CandidateSearch, check_indexable
 from .configuration_bpgcn import BPGCNConfig
 from .heads import ARMALayer, GATLayer
+from .retrieval import BPGCNRetrievalOutput, retrieve
 
 AUTO_MAP = {
     "AutoConfig": "configuration_bpgcn.BPGCNConfig",
@@ -138,9 +141,27 @@ class BPGCNPreTrainedModel(PreTrainedModel):
             )
         return (model, info) if asked_for_info else model
 
+    def load_adapter(self, peft_model_id=None, *args, **kwargs):
+        """As in transformers. The adapter's support bank takes the place of the model's, whose features were made
+        without the adapter; an adapter that has none leaves it empty."""
+        state, loading = kwargs.get("adapter_state_dict"), kwargs.get("load_config")
+        if state is None:
+            hub = ({} if loading is None else loading.download_kwargs) | (kwargs.get("adapter_kwargs") or {})
+            state = load_state_dict(cached_file(peft_model_id, "adapter_model.safetensors", **hub))
+        bank = self.base_model.support_bank
+        bank = getattr(bank, "original_module", bank)  # peft wraps a copy of it for each adapter
+        rows = {name.rpartition(".")[2]: value for name, value in state.items() if ".support_bank." in name}
+        if rows:  # now: transformers takes no other size than the model's
+            bank.load_state_dict(rows)
+        else:
+            bank.clear()
+        self.config.bank_size = bank.size
+        return super().load_adapter(peft_model_id, *args, **kwargs)
+
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As in transformers; bank and config are in step, and every Auto class finds its code."""
-        self.config.bank_size = self.base_model.support_bank.size
+        bank = self.base_model.support_bank
+        self.config.bank_size, self.config.bank_fingerprint = bank.size, bank.fingerprint
         self.config.auto_map = dict(AUTO_MAP)
         # the original key names would lose DINOv2's attention on Trainer's resume (transformers#43701)
         kwargs.setdefault("save_original_format", False)
@@ -151,6 +172,29 @@ class BPGCNPreTrainedModel(PreTrainedModel):
             super().save_pretrained(save_directory, *args, **kwargs)
         finally:
             self.__class__ = sharded
+
+    def retrieve(
+        self,
+        pixel_values: Tensor | None = None,
+        features: Tensor | None = None,
+        *,
+        node_ids: Tensor | None = None,
+        num_neighbors: int | None = None,
+    ) -> BPGCNRetrievalOutput:
+        """The support images nearest to each image [B, channels, height, width] or feature [B, D], best first, with
+        their weights, see `retrieval.retrieve`."""
+        return retrieve(self.base_model, pixel_values, features, node_ids, num_neighbors)
+
+    def use_search(self, search: CandidateSearch | None) -> None:
+        """Let an index propose the neighbours in the support bank, such as `modeling_bpgcn.search.FaissSearch()`; the
+        model ranks and weighs what it proposes. None searches exactly. The index follows the bank and is not saved.
+
+        Raises:
+            ValueError: for a model whose weights need the scores of all support images.
+        """
+        if search is not None:
+            check_indexable(self.base_model.rank_options())
+        self.base_model.support_bank.attach(search)
 
     def get_input_embeddings(self):
         return self.base_model.backbone.get_input_embeddings()

@@ -2,6 +2,7 @@
 gradient back to the features (equations 2 to 5 of the note)."""
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -25,27 +26,56 @@ LOCAL = {"softmax": 0, "straight_through": 0, "threshold": 1}
 WITH_TOTAL = ("softmax", "straight_through")
 
 
-def similarity(query: Tensor, key: Tensor, metric: str = "cosine") -> Tensor:
+def similarity(query: Tensor, key: "Tensor | PreparedKeys", metric: str = "cosine") -> Tensor:
     """S [N, M] of query [N, D] and key [M, D]: `cosine` (equation 2, in [-1, 1]; a zero vector is at 0 from everything
     and gets no gradient) or `euclidean` (negative squared distance). Computed in the inputs' dtype."""
     query, key, _ = inner_product_form(query, key, metric)
     return query @ key.T
 
 
-def inner_product_form(query: Tensor, key: Tensor | None, metric: str) -> tuple[Tensor, Tensor | None, float | None]:
+@dataclass(frozen=True)
+class PreparedKeys:
+    """Candidates as `inner_product_form` wants them, made once for many rankings without gradient: `vectors` [M, D] or
+    wider, and for `euclidean` the `center` [1, D] of the keys, whose width D is `width`."""
+
+    vectors: Tensor
+    center: Tensor | None
+    width: int
+
+    @classmethod
+    def prepare(cls, key: Tensor, metric: str) -> "PreparedKeys":
+        """Of key [M, D], in its dtype."""
+        if metric == "cosine":
+            return cls(_unit(key), None, key.shape[1])
+        if metric == "euclidean":
+            # about the keys' mean: the squares would drown the differences far from the origin
+            center = key.mean(0, keepdim=True).detach()
+            key = key - center
+            vectors = torch.cat([key, key.new_ones(len(key), 1), -key.square().sum(-1, keepdim=True)], dim=-1)
+            return cls(vectors, center, key.shape[1])
+        raise ValueError(f"metric={metric!r} is unknown: choose cosine or euclidean.")
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """M and D."""
+        return len(self.vectors), self.width
+
+
+def inner_product_form(
+    query: Tensor, key: Tensor | PreparedKeys | None, metric: str
+) -> tuple[Tensor, Tensor | None, float | None]:
     """Vectors whose inner products are the similarities, and the largest absolute similarity if there is one."""
+    if key is None and metric == "cosine":
+        return _unit(query), None, 1.0
+    keys = key if isinstance(key, PreparedKeys) else PreparedKeys.prepare(query if key is None else key, metric)
     if metric == "cosine":
-        return _unit(query), None if key is None else _unit(key), 1.0
-    if metric == "euclidean":
-        key = query if key is None else key
-        # about the keys' mean: the squares would drown the differences far from the origin
-        center = key.mean(0).detach()
-        query, key = query - center, key - center
-        ones = query.new_ones(1, 1)
-        wide_query = torch.cat([2 * query, -query.square().sum(-1, keepdim=True), ones.expand(len(query), 1)], dim=-1)
-        wide_key = torch.cat([key, ones.expand(len(key), 1), -key.square().sum(-1, keepdim=True)], dim=-1)
-        return wide_query, wide_key, None
-    raise ValueError(f"metric={metric!r} is unknown: choose cosine or euclidean.")
+        return _unit(query), keys.vectors, 1.0
+    query = query - keys.center
+    ones = query.new_ones(len(query), 1)
+    return torch.cat([2 * query, -query.square().sum(-1, keepdim=True), ones], dim=-1), keys.vectors, None
 
 
 def _unit(x: Tensor) -> Tensor:
@@ -96,7 +126,7 @@ def _project(x: Tensor, direction: Tensor) -> Tensor:
 
 def soft_topk(
     query: Tensor,
-    key: Tensor | None = None,
+    key: Tensor | PreparedKeys | None = None,
     *,
     num_neighbors: int,
     temperature: float | Tensor,
@@ -114,7 +144,8 @@ def soft_topk(
 
     Args:
         query: [N, D] features; float32 inside whatever comes in (float64 stays), as bf16 reorders the top 10.
-        key: [M, D] candidates; `None` ranks the queries among themselves.
+        key: [M, D] candidates, or `PreparedKeys` of this metric in float32 (float64 for such queries), which get no
+            gradient; `None` ranks the queries among themselves.
         num_neighbors: k >= 1; at most the number of candidates comes back.
         temperature: tau > 0 in units of the similarity, a number or a tensor (which then gets a gradient).
         metric: `cosine` or `euclidean`.
@@ -145,7 +176,7 @@ def soft_topk(
     candidates = max(len(query) - bool(exclude_self), 0) if among_themselves else len(key)
     k = min(num_neighbors, candidates)
     with torch.autocast(query.device.type, enabled=False):
-        query, key = query.to(dtype), None if key is None else key.to(dtype)
+        query, key = query.to(dtype), key.to(dtype) if isinstance(key, Tensor) else key
         if k == 0:
             return Ranking(query.new_empty(len(query), 0, dtype=torch.long), query[:, :0])
         backend = _choose(backend, len(query), len(query) if key is None else len(key), relaxation, normalization)
@@ -241,7 +272,7 @@ def weigh(indices: Tensor, valid: Tensor, logits: Tensor, mass: Tensor | None, k
 
 
 def _check_arguments(query, key, num_neighbors, temperature, relaxation, normalization, backend) -> None:
-    if query.ndim != 2 or (key is not None and (key.ndim != 2 or key.shape[1] != query.shape[1])):
+    if query.ndim != 2 or (key is not None and (len(key.shape) != 2 or key.shape[1] != query.shape[1])):
         shapes = f"{tuple(query.shape)}" if key is None else f"{tuple(query.shape)} and {tuple(key.shape)}"
         raise ValueError(f"query [N, D] and key [M, D] must be two-dimensional with one width; got {shapes}.")
     if num_neighbors < 1:

@@ -1,16 +1,27 @@
 """The support bank: what inductive answers stand on. One row per support image, stored in the checkpoint."""
 
-from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from transformers.utils import logging
 
+from .bank_search import BankIndex, CandidateSearch
 from .configuration_bpgcn import BPGCNConfig
 from .heads import HEADS
+from .ranking import PreparedKeys
+from .relaxations import Ranking
 
 BANK_DTYPES = {"float32": torch.float32, "float16": torch.float16}
+
+
+class BankRows(NamedTuple):
+    """The rows of a bank that a ranking reads: the ranking among these rows, and their `degree` [R], `states`
+    [R, ...] and `propagated` [R, C]."""
+
+    ranking: Ranking
+    degree: Tensor
+    states: list[Tensor]
+    propagated: Tensor
 
 
 class SupportBank(nn.Module):
@@ -19,6 +30,9 @@ class SupportBank(nn.Module):
     `features` [M, D]; `classes` [M] int64, -100 unknown; `ids` [M] int64; `degree` [M] in the support graph;
     `propagated` [M, C], the label distribution that a neighbour reads; `state_0` ... [M, ...], the rows that each
     propagation step of the head reads (the first is left out where it is the features).
+
+    `fingerprint` says which backbone and image processor made the features (see `bank_file.py`), None where nobody
+    knows; `index` proposes the candidates of a search, None for the exact one.
     """
 
     def __init__(self, config: BPGCNConfig):
@@ -33,6 +47,9 @@ class SupportBank(nn.Module):
         self._shapes |= {"classes": (), "ids": ()} | {name: (width,) for name, width in widths.items()}
         for name in self._shapes:
             self.register_buffer(name, self._allocate(name, config.bank_size))
+        self.fingerprint = config.bank_fingerprint
+        self.index: BankIndex | None = None
+        self._prepared: tuple | None = None
 
     @property
     def size(self) -> int:
@@ -52,18 +69,59 @@ class SupportBank(nn.Module):
         shared = [self.features] if self.shares_features else []
         return shared + [getattr(self, name) for name in self.state_names]
 
-    def fill(self, features: Tensor, classes: Tensor, ids: Tensor, degree: Tensor, propagated: Tensor, states: list):
+    def rounded(self, features: Tensor) -> Tensor:
+        """Features as they come back from the bank, in their own dtype."""
+        return features.to(self.dtype).to(features.dtype)
+
+    def fill(
+        self,
+        features: Tensor,
+        classes: Tensor,
+        ids: Tensor,
+        degree: Tensor,
+        propagated: Tensor,
+        states: list,
+        fingerprint: dict[str, str] | None = None,
+    ) -> None:
         """Replace the bank's rows."""
         rows = {"features": features, "classes": classes, "ids": ids, "degree": degree, "propagated": propagated}
         rows |= dict(zip(self.state_names, states[self.shares_features :], strict=True))
         for name, value in rows.items():
             dtype = torch.long if name in ("classes", "ids") else self.dtype
             setattr(self, name, value.detach().to(dtype))
+        self.fingerprint = fingerprint
 
     def clear(self) -> None:
         """Drop every row, as a step of training makes them stale."""
         for name in self._shapes:
             setattr(self, name, getattr(self, name).new_empty(0, *self._shapes[name]))
+        self.fingerprint = self._prepared = None
+
+    def attach(self, search: CandidateSearch | None) -> None:
+        """Let `search` propose the candidates of each query, or search exactly (None)."""
+        self.index = None if search is None else BankIndex(search)
+
+    def keys(self, metric: str, dtype: torch.dtype = torch.float32) -> PreparedKeys:
+        """The features ready for ranking, in float64 for such queries and else in float32; kept until they change."""
+        dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        features = self.features
+        version = 0 if features.is_inference() else features._version
+        held = self._prepared
+        if held is None or held[0] is not features or held[1:4] != (version, metric, dtype):
+            # the keys outlive an inference mode that the first query may come in
+            with torch.inference_mode(False), torch.no_grad():
+                held = features, version, metric, dtype, PreparedKeys.prepare(features.to(dtype), metric)
+            self._prepared = held
+        return held[4]
+
+    def read(self, ranking: Ranking) -> BankRows:
+        """What the edges of a ranking [N, k] of the bank's rows read: no more than N k rows are touched."""
+        if ranking.indices.numel() >= self.size:
+            return BankRows(ranking, self.degree, self.states, self.propagated)
+        rows = ranking.indices.flatten()
+        among = torch.arange(rows.numel(), device=rows.device).view_as(ranking.indices)
+        states = [state[rows] for state in self.states]
+        return BankRows(Ranking(among, ranking.weights), self.degree[rows], states, self.propagated[rows])
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         # the checkpoint decides the size: a resumed run or a best model may hold another bank than this one, or none
@@ -71,6 +129,7 @@ class SupportBank(nn.Module):
             stored, held = state_dict.get(prefix + name), getattr(self, name)
             if stored is not None and stored.shape[1:] == held.shape[1:]:
                 setattr(self, name, held.new_empty(stored.shape))
+                self.fingerprint = None  # that of another bank
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
@@ -92,59 +151,3 @@ def join_bank(bank: SupportBank, features: Tensor, ids: Tensor | None) -> tuple[
     joined = bank.features.to(features.dtype).index_copy(0, position[held], features[held])
     classes = torch.cat([bank.classes, torch.full_like(ids[~held], -100)])
     return torch.cat([joined, features[~held]]), torch.cat([bank.ids, ids[~held]]), classes, rows
-
-
-@torch.no_grad()
-def build_support_bank(
-    model: nn.Module,
-    dataset: Iterable,
-    *,
-    image_processor=None,
-    image_column: str = "image",
-    label_column: str = "label",
-    batch_size: int = 64,
-    num_workers: int = 0,
-    progress: bool = True,
-) -> None:
-    """Embed every image of `dataset` with `model` and fill the model's bank with them.
-
-    Args:
-        dataset: rows with `pixel_values` (and `labels`, `node_ids`), or a data set with an image column and an
-            `image_processor`; a missing or -100 class is unknown, a missing id is the row's number.
-        image_processor: makes `pixel_values` of a PIL image.
-        progress: show a bar.
-
-    Raises:
-        ValueError: for no row at all, or rows without an image.
-    """
-
-    def rows(examples: list[dict]) -> dict[str, Tensor]:
-        if "pixel_values" in examples[0]:
-            pixels = torch.stack([torch.as_tensor(row["pixel_values"]) for row in examples])
-        elif image_processor is not None and image_column in examples[0]:
-            images = [row[image_column].convert("RGB") for row in examples]
-            pixels = image_processor(images, return_tensors="pt")["pixel_values"]
-        else:
-            raise ValueError(
-                f"A support image needs 'pixel_values', or a column {image_column!r} and an image_processor; its"
-                f" columns are {sorted(examples[0])}."
-            )
-        classes = [row.get("labels", row.get(label_column)) for row in examples]
-        ids = [row.get("node_ids", -1) for row in examples]
-        known = torch.tensor([-100 if c is None else int(c) for c in classes])
-        return {"pixels": pixels, "classes": known, "ids": torch.tensor([int(i) for i in ids])}
-
-    training = model.training
-    model.eval()
-    loader = DataLoader(dataset, batch_size=batch_size, num_workers=num_workers, collate_fn=rows)
-    columns = {"features": [], "classes": [], "ids": []}
-    for batch in logging.tqdm(loader, desc="Building the support bank", disable=not progress):
-        columns["features"].append(model.get_image_features(batch["pixels"].to(model.device)))
-        columns["classes"].append(batch["classes"])
-        columns["ids"].append(batch["ids"])
-    model.train(training)
-    if not columns["features"]:
-        raise ValueError("The support data set is empty: a bank needs at least one image.")
-    features, classes, ids = (torch.cat(column) for column in columns.values())
-    ids = torch.where(ids < 0, torch.arange(len(ids)), ids)
-    model.set_support_bank(features, classes.to(features.device), ids.to(features.device))

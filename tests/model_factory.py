@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
 from modeling_bpgcn import BPGCNConfig, BPGCNForImageClassification
+from modeling_bpgcn.configuration_bpgcn import LOSS_WEIGHTS
 from modeling_bpgcn.ranking import Ranking
 
 CLASSES = 3
@@ -49,6 +50,11 @@ def tiny_config(**overrides) -> BPGCNConfig:
         "head_dropout": 0.0,
     }
     return BPGCNConfig(**(fields | overrides))
+
+
+def only(loss: str) -> dict[str, float]:
+    """Weights that leave one part of the objective."""
+    return dict.fromkeys(LOSS_WEIGHTS, 0.0) | {f"{loss}_weight": 1.0}
 
 
 def tiny_model(**overrides) -> BPGCNForImageClassification:

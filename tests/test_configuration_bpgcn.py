@@ -10,10 +10,13 @@ from transformers import AutoConfig, Dinov2Config
 
 from modeling_bpgcn import BPGCNConfig
 from modeling_bpgcn.configuration_bpgcn import CHOICES, LOSS_WEIGHTS, RANGES
-from tests.model_factory import BACKBONES, tiny_backbone
+from tests.model_factory import BACKBONES, only, tiny_backbone
 
 # fields whose other values need a companion
-COMPANIONS = {"num_neighbors": {"propagation_loss_weight": 0.0}, "head_hidden_size": {"head": "gcn"}}
+COMPANIONS = {
+    "num_neighbors": {"propagation_loss_weight": 0.0, "propagation_consistency_loss_weight": 0.0},
+    "head_hidden_size": {"head": "gcn"},
+}
 
 
 def test_defaults_are_those_of_the_design():
@@ -25,6 +28,13 @@ def test_defaults_are_those_of_the_design():
     assert (config.graph_symmetrization, config.graph_normalization) == ("none", "row")
     assert (config.head, config.self_weight) == ("gcn", 0.5)
     assert (config.head_hidden_size, config.head_num_layers, config.head_dropout) == (256, 2, 0.5)
+    assert {name: getattr(config, name) for name in LOSS_WEIGHTS} == {
+        "head_loss_weight": 0.1,
+        "propagation_loss_weight": 1.0,
+        "neighborhood_loss_weight": 0.0,
+        "consistency_loss_weight": 0.1,
+        "propagation_consistency_loss_weight": 1.0,
+    }
     assert config.bank_size == 0
 
 
@@ -34,7 +44,7 @@ def test_the_seed_is_the_letter_of_the_note_and_can_be_overridden():
     assert (config.ranking_exclude_self, config.num_neighbors, config.num_labels) == (False, 4, 5)
     assert (config.graph_normalization, config.graph_self_loop) == ("symmetric", "unit")
     assert (config.head, config.head_num_layers) == ("gcn", 2)
-    assert [getattr(config, name) for name in LOSS_WEIGHTS] == [1.0, 0.0, 0.0, 0.0]
+    assert [getattr(config, name) for name in LOSS_WEIGHTS] == [1.0, 0.0, 0.0, 0.0, 0.0]
     assert config.propagation_mix == 0
 
 
@@ -83,6 +93,12 @@ def test_a_whole_temperature_is_a_number():
     assert BPGCNConfig(ranking_temperature=1).ranking_temperature == 1
 
 
+ONE_NEIGHBOR = (
+    "num_neighbors=1 with ranking_normalization='selected' gives every edge weight 1, .* set propagation_loss_weight=0"
+    " and propagation_consistency_loss_weight=0"
+)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -92,13 +108,24 @@ def test_a_whole_temperature_is_a_number():
             {"head": "gat", "head_hidden_size": 10, "head_num_attention_heads": 4},
             "head_hidden_size=10 must be a multiple of head_num_attention_heads=4",
         ),
-        ({"num_neighbors": 1}, "num_neighbors=1 with ranking_normalization='selected' gives every edge weight 1"),
+        ({"num_neighbors": 1}, ONE_NEIGHBOR),
+        ({"num_neighbors": 1, "propagation_loss_weight": 0.0}, ONE_NEIGHBOR),
+        ({"num_neighbors": 1, "propagation_consistency_loss_weight": 0.0}, ONE_NEIGHBOR),
         (
-            {"head": "label_propagation", "propagation_loss_weight": 0.0},
-            "head='label_propagation' has no parameters, so .* propagation_loss_weight or neighborhood_loss_weight",
+            {"head": "label_propagation"} | only("consistency_loss"),
+            "head='label_propagation' has no parameters, so .* set propagation_loss_weight,"
+            " propagation_consistency_loss_weight or neighborhood_loss_weight above 0",
         ),
     ],
-    ids=["no loss", "unit loop", "gat width", "one neighbour", "loss without head"],
+    ids=[
+        "no loss",
+        "unit loop",
+        "gat width",
+        "one neighbour",
+        "one neighbour, consistency",
+        "one neighbour, masked",
+        "loss without head",
+    ],
 )
 def test_contradictions_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
@@ -107,10 +134,11 @@ def test_contradictions_are_refused(fields, message):
 
 def test_what_resolves_a_contradiction_is_accepted():
     BPGCNConfig(num_neighbors=1, ranking_normalization="all")
-    BPGCNConfig(num_neighbors=1, propagation_loss_weight=0.0)
+    BPGCNConfig(num_neighbors=1, propagation_loss_weight=0.0, propagation_consistency_loss_weight=0.0)
     BPGCNConfig(graph_self_loop="unit")
     BPGCNConfig(head="gcn", head_hidden_size=10, head_num_attention_heads=4)
-    BPGCNConfig(head="label_propagation", propagation_loss_weight=0.0, neighborhood_loss_weight=1.0)
+    for loss in ("propagation_loss", "propagation_consistency_loss", "neighborhood_loss"):
+        BPGCNConfig(head="label_propagation", **only(loss))
 
 
 def test_check_catches_what_was_set_after_construction():

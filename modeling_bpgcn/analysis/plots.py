@@ -16,7 +16,7 @@ from PIL import Image
 
 RIGHT, WRONG, UNKNOWN = "#2a9d5c", "#d1495b", "#9aa0a6"
 INK, MUTED, GRID = "#22262b", "#6b7280", "#e3e6ea"
-COLORS = ("#2f6fb7", "#e08a1e", "#2a9d5c", "#8e5bb5", "#d1495b", "#4aa8a8")
+COLORS = ("#2f6fb7", "#e08a1e", "#2a9d5c", "#8e5bb5", "#d1495b", "#4aa8a8", "#9a6b3f")
 UNLABELED = -100
 GREY_MODES = {"1", "L", "I", "I;16", "F"}  # PIL's; the others are drawn in color
 SMALL_IMAGE = 48  # pixels below which every pixel is shown as a square

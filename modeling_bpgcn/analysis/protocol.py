@@ -17,8 +17,8 @@ class Split:
     """Rows of a data set of N images, by what they are for.
 
     `visible` [N] are the classes that training may see (-100 elsewhere), `graph` the rows of the training graph,
-    `scored` those answered transductively, in one graph with the labelled ones, and `held_out` those that training never
-    saw and that the support bank answers. Scores may use the classes of the rows `known` alone.
+    `scored` those answered transductively, in one graph with the labelled ones, and `held_out` those that training
+    never saw and that the support bank answers. Scores may use the classes of the rows `known` alone.
     """
 
     visible: Tensor

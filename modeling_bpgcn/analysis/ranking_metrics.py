@@ -54,7 +54,7 @@ def ranking_quality(
         nearest = same[:, :K]
         parts.append(
             {
-                "average_precision": _average_precision(scores, same),
+                "average_precision": average_precision(scores, same),
                 "homophily": nearest.to(scores.dtype).mean(-1),
                 "recall": nearest.any(-1).to(scores.dtype),
                 "neighbors": candidates[order[:, :K]],
@@ -63,8 +63,8 @@ def ranking_quality(
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def _average_precision(scores: Tensor, relevant: Tensor) -> Tensor:
-    """Of rows [q, M] sorted by falling score."""
+def average_precision(scores: Tensor, relevant: Tensor) -> Tensor:
+    """Of rows [q, M] sorted by falling score; NaN where none is relevant."""
     M = scores.shape[-1]
     position = torch.arange(M, device=scores.device)
     last_of_tie = torch.ones_like(relevant)

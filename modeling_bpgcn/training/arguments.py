@@ -184,7 +184,7 @@ class BPGCNTrainingArguments(TrainingArguments):
 
 def _model_arguments() -> type:
     """A dataclass of the config's own fields, so that each is declared once."""
-    fixed = {"backbone_config", "bank_size", "learn_temperature"}
+    fixed = {"backbone_config", "bank_size", "bank_fingerprint", "learn_temperature"}
     fields = [
         (
             "backbone",

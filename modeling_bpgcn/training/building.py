@@ -54,14 +54,14 @@ def _add_adapters(model: BPGCNForImageClassification, arguments):
             f"lora_target_modules={arguments.lora_target_modules} matches no layer of the backbone; its linear layers"
             f" are {', '.join(known)}."
         )
-    # what trains in full beside the adapters, and is saved with them; peft works on a copy, which a schedule of the
-    # temperature would not reach
-    fully_trained = ["head"] * (model.head is not None) + ["ranking_temperature"] * model.config.learn_temperature
+    # what is not a change of the backbone is saved in full with the adapters: what trains, and the bank, whose features
+    # they made; peft works on a copy, which a schedule of the temperature would not reach
+    in_full = ["head"] * (model.head is not None) + ["ranking_temperature"] * model.config.learn_temperature
     settings = LoraConfig(
         r=arguments.lora_rank,
         lora_alpha=arguments.lora_alpha,
         lora_dropout=arguments.lora_dropout,
         target_modules=pattern,
-        modules_to_save=fully_trained or None,
+        modules_to_save=[*in_full, "support_bank"],
     )
     return get_peft_model(model, settings)

@@ -55,7 +55,8 @@ class BankEvaluator(Trainer):
         """Embed the support images and fill the model's bank."""
         if self.support_dataset is None:
             raise ValueError("Evaluation answers from a support bank: pass support_dataset or train_dataset.")
-        self.bpgcn.set_support_bank(*self.embed(self.support_dataset, "Building the support bank"))
+        rows = self.embed(self.support_dataset, "Building the support bank")
+        self.bpgcn.set_support_bank(*rows, image_processor=self.processing_class)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         """Build the bank and answer from it; with `transductive_evaluation` also as one graph with the support set."""

@@ -111,7 +111,7 @@ def _reason_unusable(file: dict | None, minimum_size: int) -> str | None:
     if file is None or (file["bytes"] is None and file["path"] is None):
         return "no image in this row"
     try:
-        with _open(file) as image:
+        with open_image(file) as image:
             width, height = image.size
             # JPEG only: every byte is still read, but an eighth of the pixels is enough to know that it can be.
             image.draft(None, (max(width // 8, 1), max(height // 8, 1)))
@@ -125,7 +125,8 @@ def _reason_unusable(file: dict | None, minimum_size: int) -> str | None:
     return None
 
 
-def _open(file: dict) -> PIL.Image.Image:
+def open_image(file: dict) -> PIL.Image.Image:
+    """Open, without decoding it, an image of a data set: `path` and `bytes`, one of which may be None."""
     if file["bytes"] is not None:
         return _open_bytes(file["bytes"])
     if "://" in file["path"]:

@@ -1,5 +1,6 @@
 """The model card: `model_card.md` filled in from the run that it describes."""
 
+import re
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from os import PathLike
@@ -65,12 +66,17 @@ def results_table(results: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def _dataset_type(data: Mapping[str, Any]) -> str:
+    """The data set's Hub name, or its own as the Hub takes it: the index refuses other characters."""
+    return data.get("id") or re.sub(r"[^\w.-]+", "-", _cell(data["name"])).strip("-") or "local"
+
+
 def _eval_results(data: Mapping[str, Any], own: Mapping[str, Any]) -> list[EvalResult]:
     return [
         EvalResult(
             task_type="image-classification",
             task_name="Image classification",
-            dataset_type=data.get("id") or data["name"],
+            dataset_type=_dataset_type(data),
             dataset_name=data["name"],
             dataset_split=data.get("split"),
             metric_type=hub_name,

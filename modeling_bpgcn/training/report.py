@@ -105,17 +105,24 @@ def write_report(
     graph = (
         "they are also the unlabelled nodes of the training graph" if data.test_in_graph else "never seen in training"
     )
+    dataset = data_arguments.dataset
+    local = dataset == "digits" or Path(dataset).expanduser().exists()
     facts = {
-        "name": Path(data_arguments.dataset).name if Path(data_arguments.dataset).exists() else data_arguments.dataset,
+        "name": Path(dataset).name if local else dataset,
+        "id": None if local else dataset,
+        "split": data_arguments.test_split or (data_arguments.train_split if data.test_in_graph else None),
         "protocol": f"{len(data.test)} test images, {graph}; {labeled} of {len(data.train)} training images labelled.",
+        "split for training": data_arguments.train_split,
         "training images": len(data.train),
-        "of these labelled": labeled,
+        "of these labelled": f"{labeled} ({100 * labeled / len(data.train):.3g} %)",
+        "validation images": None if data.validation is None else len(data.validation),
         "test images": len(data.test),
+        "seed of the splits": data_arguments.split_seed,
     }
     pictures = {"Training curves": "training_curves.png", "Test images and their neighbours": "neighbors.png"}
     write_model_card(
         folder / "README.md",
-        model_name=trainer.args.hub_model_id or str(folder),
+        model_name=trainer.hub_model_id or trainer.args.hub_model_id or str(folder),
         label_names=data.label_names,
         data=facts,
         results=sorted(results, key=lambda row: bool(row.get("baseline"))),

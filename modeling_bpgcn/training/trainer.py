@@ -16,6 +16,7 @@ from transformers import EarlyStoppingCallback
 from transformers.utils import logging
 
 from ..ranking import Ranking
+from .adapters import name_base, save_run
 from .arguments import BPGCNTrainingArguments
 from .callbacks import CurvesCallback, SamplerEpoch, TemperatureSchedule
 from .evaluation import BankEvaluator
@@ -26,6 +27,7 @@ from .gradient_cache import GradientCache, WholeSet, split_rows
 from .gradient_flow_callback import GradientFlowCallback
 from .loading import graph_sampler, training_loader
 from .prefix_cache import cache_prefix
+from .publishing import check_hub_strategy, publish
 from .random_state import get_random_state, seeded, set_random_state
 from .run_folder import explained_writing
 from .sharded_ranking import rank_ring, rank_rows
@@ -55,6 +57,7 @@ class BPGCNTrainer(BankEvaluator):
         train_classes: Sequence[int] | None = None,
         **kwargs,
     ):
+        check_hub_strategy(args)
         self.bpgcn = model.get_base_model() if isinstance(model, PeftModel) else model
         config = self.bpgcn.config
         if args.trainable_blocks is not None:
@@ -237,23 +240,30 @@ class BPGCNTrainer(BankEvaluator):
         if not (Path(self.args.output_dir) / "README.md").is_file():
             super().create_model_card(*args, **kwargs)
 
+    def push_to_hub(self, *args, **kwargs):
+        """As in `Trainer`, of what others need to use the model: see `publishing.publish`."""
+        return publish(self, *args, **kwargs)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Nothing is published before the end: a model in training has no bank to answer from."""
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in `Trainer`, with a bank, so that the model can answer; of a PEFT model the merged one, which loads like
         any other, and beside it the `adapter`. Checkpoints stay as `Trainer` makes them."""
+        adapted, run = isinstance(self.model, PeftModel) and self.args.should_save, Path(self.args.output_dir)
         if _internal_call and output_dir is not None:
+            if adapted:
+                name_base(self.model, run, self.processing_class)
             super().save_model(output_dir, _internal_call)
             return
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir or run)
         if self.bpgcn.support_bank.size == 0 and self.support_dataset is not None:
             self.build_support_bank()
         with explained_writing(folder, self.args.output_dir):
             if not isinstance(self.model, PeftModel):
-                super().save_model(output_dir, _internal_call)
-            elif self.args.should_save:
-                self.model.save_pretrained(folder / "adapter")
-                copy.deepcopy(self.model).merge_and_unload().save_pretrained(folder)
-                if self.processing_class is not None:
-                    self.processing_class.save_pretrained(folder)
+                super().save_model(output_dir, _internal_call=True)  # Trainer would push, before there is a card
+            elif adapted:
+                save_run(self.model, folder, run, self.processing_class)
 
     def _save_checkpoint(self, model, trial) -> None:
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"

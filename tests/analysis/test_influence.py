@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-import modeling_bpgcn.modeling_bpgcn as modeling
+import modeling_bpgcn.bank_editing as bank_editing
 from modeling_bpgcn import BPGCNForImageClassification
 from modeling_bpgcn.analysis.influence import influence, label_influence, removal_influence
 from modeling_bpgcn.objectives import known_classes
@@ -262,7 +262,7 @@ def test_removal_influence_is_the_start_of_the_way_to_the_bank_without_the_image
         )
         fade = torch.ones(M, 1, dtype=torch.float64)
         fade[image] -= STEP
-        monkeypatch.setattr(modeling, "known_classes", lambda *a, f=fade: f * known_classes(*a))
+        monkeypatch.setattr(bank_editing, "known_classes", lambda *a, f=fade: f * known_classes(*a))
         monkeypatch.setattr(model.bpgcn, "rank", lambda *_, r=of_bank: r)
         monkeypatch.setattr(model.bpgcn, "rank_in_bank", lambda *_, r=of_queries: r)
         model.set_support_bank(*rows)

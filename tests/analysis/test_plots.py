@@ -16,6 +16,7 @@ from modeling_bpgcn.analysis.plots import (
     plot_neighbors,
     plot_training_curves,
 )
+from modeling_bpgcn.configuration_bpgcn import LOSS_WEIGHTS
 
 
 def _pixels(path):
@@ -75,6 +76,15 @@ def test_curves_hold_the_logged_values(tmp_path):
     assert loss["training"].get_xdata().tolist() == [1, 2, 3, 4, 5]
     assert loss["training"].get_ydata().tolist() == pytest.approx([2, 1, 2 / 3, 1 / 2, 2 / 5])
     assert loss["evaluation"].get_ydata().tolist() == [0.3]
+
+
+def test_every_part_of_the_objective_has_a_thin_curve_in_a_color_of_its_own(tmp_path):
+    parts = [name.removesuffix("_weight") for name in LOSS_WEIGHTS]
+    history = [{"step": 1, "loss": 2.0} | dict.fromkeys(parts, 0.5), {"step": 1, "eval_loss": 0.3}]
+    lines = {line.get_label(): line for line in plot_training_curves(history, tmp_path / "curves.png").axes[0].lines}
+    assert set(lines) == {"training", "evaluation"} | {part.replace("_", " ") for part in parts}
+    assert len({line.get_color() for line in lines.values()}) == len(lines)
+    assert max(lines[part.replace("_", " ")].get_linewidth() for part in parts) < lines["training"].get_linewidth()
 
 
 def test_panels_without_data_are_left_out(tmp_path):

@@ -244,14 +244,14 @@ def test_there_are_recipes():
 def test_model_arguments_are_the_choices_of_the_config_with_its_defaults():
     own = {f.name: f.default for f in dataclasses.fields(BPGCNConfig) if f.name in BPGCNConfig.__annotations__}
     # written by the model, or said by another option (temperature_schedule)
-    chosen = own.keys() - {"bank_size", "learn_temperature", "backbone_config"}
+    chosen = own.keys() - {"bank_size", "bank_fingerprint", "learn_temperature", "backbone_config"}
     offered = {f.name: f for f in dataclasses.fields(ModelArguments)}
     assert chosen <= offered.keys()
     assert len(chosen) >= 28
     for name in chosen:
         assert offered[name].default == own[name], name
         assert offered[name].metadata.get("choices") == CHOICES.get(name), name
-    assert {"bank_size", "learn_temperature"}.isdisjoint(offered)
+    assert {"bank_size", "bank_fingerprint", "learn_temperature"}.isdisjoint(offered)
 
 
 def test_an_unknown_choice_on_the_command_line_is_refused(recipe, capsys):

@@ -189,7 +189,9 @@ def test_a_lora_run_trains_saves_and_loads_merged(build, tmp_path, schedule):
     assert len(loaded.support_bank) == len(digits().train)
     assert not any("lora" in name for name in loaded.state_dict())
     assert torch.allclose(answers.logits, expected.logits, atol=1e-5)
-    assert torch.equal(answers.neighbor_indices, expected.neighbor_indices)
+    # merged weights differ in their last bit, and so may the order of neighbors that are as near
+    order, other = (given.neighbor_indices.argsort(-1) for given in (answers, expected))
+    assert torch.equal(answers.neighbor_indices.gather(1, order), expected.neighbor_indices.gather(1, other))
     assert torch.allclose(answers.neighbor_weights, expected.neighbor_weights, atol=1e-5)
     taus = [torch.as_tensor(model.bpgcn.ranking_temperature()).item() for model in (loaded, trainer.bpgcn)]
     assert taus[0] == pytest.approx(taus[1])

@@ -22,7 +22,7 @@ from modeling_bpgcn.training.data import DataArguments, load_image_data
 from modeling_bpgcn.training.run_folder import last_whole_checkpoint
 from modeling_bpgcn.training.sampler import RepeatableRows
 from modeling_bpgcn.training.trainer import BPGCNTrainer
-from tests.model_factory import captured_warnings, tiny_backbone, tiny_images
+from tests.model_factory import captured_warnings, only, tiny_backbone, tiny_images
 from tests.training_factory import (
     ROOT,
     arguments,
@@ -210,15 +210,21 @@ def test_augmentation_depends_on_the_batch_and_the_seed_alone():
 
 
 def test_logs_say_what_the_ranking_and_the_gradients_do(tmp_path):
-    weights = {"neighborhood_loss_weight": 0.3, "consistency_loss_weight": 0.2}
-    trainer = digit_trainer(tmp_path, tiny_digit_model(**weights), max_steps=3, labeled_batch_fraction=0.5)
+    weights = {
+        "head_loss": 0.7,
+        "propagation_loss": 1.3,
+        "neighborhood_loss": 0.3,
+        "consistency_loss": 0.2,
+        "propagation_consistency_loss": 0.6,
+    }
+    model = tiny_digit_model(**{f"{name}_weight": weight for name, weight in weights.items()})
+    trainer = digit_trainer(tmp_path, model, max_steps=3, labeled_batch_fraction=0.5)
     trainer.train()
     entries = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(entries) == 3
-    names = ("head_loss", "propagation_loss", "neighborhood_loss", "consistency_loss")
     for entry in entries:
-        parts = sum(w * entry[name] for w, name in zip((1, 1, 0.3, 0.2), names, strict=True))
-        assert entry["loss"] == pytest.approx(parts, rel=1e-5)
+        assert all(entry[name] > 0 for name in weights)
+        assert entry["loss"] == pytest.approx(sum(weight * entry[name] for name, weight in weights.items()), rel=1e-5)
         assert entry["temperature"] == 0.1
         assert 1 <= entry["effective_neighbors"] <= 4
         assert 0 <= entry["homophily"] <= 1
@@ -267,7 +273,10 @@ def test_the_two_gradient_norms_equal_autograd_by_hand(tmp_path):
     ranking = soft_topk(ranked, num_neighbors=4, temperature=0.1, query_ids=batch["node_ids"])
     graph = RankingGraph.from_ranking(ranking, self_weight=config.self_weight)
     log_probabilities = torch.log_softmax(model.head(messages, graph)[0], dim=-1)
-    loss = F.nll_loss(log_probabilities, labels, ignore_index=-100)
+    label_graph = RankingGraph.from_ranking(ranking, self_weight=0.0)
+    loss = config.head_loss_weight * F.nll_loss(log_probabilities, labels, ignore_index=-100)
+    loss = loss + config.consistency_loss_weight * objectives.consistency_loss(log_probabilities, labels)
+    loss = loss + objectives.propagation_consistency_loss(model.label_propagation, label_graph, labels, 10)
     loss = loss + 0.5 * objectives.neighborhood_loss(ranked, labels, batch["node_ids"], 0.1, "cosine")
     loss.backward()
 
@@ -280,7 +289,7 @@ def test_the_two_gradient_norms_equal_autograd_by_hand(tmp_path):
 
 
 def test_a_linear_head_with_its_loss_alone_has_no_gradient_through_the_ranking(tmp_path):
-    model = tiny_digit_model(head="linear", propagation_loss_weight=0.0, propagation_mix=0.0)
+    model = tiny_digit_model(head="linear", propagation_mix=0.0, **only("head_loss"))
     trainer = digit_trainer(tmp_path, model, max_steps=2)
     trainer.train()
     assert len(logged(trainer, "feature_gradient_norm")) == 2
@@ -288,8 +297,9 @@ def test_a_linear_head_with_its_loss_alone_has_no_gradient_through_the_ranking(t
     assert not any(logged(trainer, "ranking_gradient_norm"))
 
 
-def test_the_propagation_loss_alone_has_no_gradient_through_the_features(tmp_path):
-    trainer = digit_trainer(tmp_path, tiny_digit_model(head_loss_weight=0.0), max_steps=2)
+@pytest.mark.parametrize("loss", ["propagation_loss", "propagation_consistency_loss"])
+def test_a_loss_of_propagated_labels_alone_has_no_gradient_through_the_features(tmp_path, loss):
+    trainer = digit_trainer(tmp_path, tiny_digit_model(**only(loss)), max_steps=2)
     trainer.train()
     assert len(logged(trainer, "ranking_gradient_norm")) == 2
     assert all(norm > 0 for norm in logged(trainer, "ranking_gradient_norm"))
@@ -681,7 +691,8 @@ def test_a_batch_without_a_labelled_image_trains_on_and_says_so_once(tmp_path):
 
 
 def test_without_labels_and_without_a_loss_that_needs_none_nothing_breaks(tmp_path):
-    trainer = row_trainer(tmp_path, Rows(tiny_images(16), [-100] * 16), tiny_digit_model(), max_steps=2)
+    model = tiny_digit_model(consistency_loss_weight=0.0)
+    trainer = row_trainer(tmp_path, Rows(tiny_images(16), [-100] * 16), model, max_steps=2)
     with captured_warnings(objectives.logger):
         trainer.train()
     assert logged(trainer, "loss") == [0.0, 0.0]
