@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.bpgcn-setup
 CORES  := $(shell getconf _NPROCESSORS_ONLN)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-kernels check format clean
+.PHONY: help setup demo test test-all test-slow test-kernels check format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ test: $(STAMP) ## run the tests, two files at a time
 
 test-all: $(STAMP) ## run the tests, the slow ones too
 	$(BIN)/python -m pytest -m "" $(ARGS)
+
+test-slow: $(STAMP) ## run only the slow tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow $(ARGS)
 
 test-kernels: $(STAMP) ## install Triton and run its kernels in its interpreter
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt triton

@@ -2,7 +2,11 @@
 
 import argparse
 import importlib
+import os
+import select
+import signal
 import sys
+from typing import TextIO
 
 PROGRAM = "python -m modeling_bpgcn"
 # name: (module of this package with `main(arguments)`, what it does)
@@ -10,6 +14,8 @@ COMMANDS = {
     "predict": ("commands.predict", "classes of image files, and the support images that they rest on"),
     "index": ("commands.index", "build the support bank of a model from image files"),
     "evaluate": ("commands.evaluate", "accuracy, calibration and retrieval on labeled images"),
+    "app": ("commands.app", "a web page where visitors try the model on images of their own"),
+    "export": ("commands.export", "a model as an ONNX file or a torch.export program, checked against the model"),
     "inspect": (
         "commands.inspect",
         "where the gradient arrives, and whether the ranking trains: a table and a picture",
@@ -32,5 +38,33 @@ def main(arguments: list[str] | None = None) -> None:
     module.main(given.arguments)
 
 
+def run() -> None:
+    """`main` as a process of its own: where the reader of its output has gone (`| head -1`), it ends without a word.
+
+    Raises:
+        SystemExit: with the status that a shell gives to a process which SIGPIPE has ended. The signal itself would
+            also end a server whose client goes away.
+    """
+    try:
+        try:
+            main()
+        finally:
+            sys.stdout.flush()  # a short output is not written before
+    except BrokenPipeError:
+        closed = [stream for stream in (sys.stdout, sys.stderr) if _reader_is_gone(stream)]
+        if not closed:  # it was another pipe
+            raise
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in closed:  # Python flushes what is left in their buffers when it exits
+            os.dup2(nowhere, stream.fileno())
+        raise SystemExit(128 + signal.SIGPIPE) from None
+
+
+def _reader_is_gone(stream: TextIO) -> bool:
+    poll = select.poll()
+    poll.register(stream, 0)  # errors are always reported
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
 if __name__ == "__main__":
-    main()
+    run()

@@ -21,6 +21,7 @@ from .bank_file import (
     write_bank,
 )
 from .bank_ids import check_unique, find_rows, free_ids, held_ids, some, whole_numbers
+from .label_embedding import run_head
 from .objectives import check_classes, known_classes
 from .support_bank import SupportBank
 
@@ -213,8 +214,8 @@ class SupportBankMixin:
         self.eval()
         ranking = self.bpgcn.rank(features, ids)
         graph = self._graph(ranking)
-        states = [] if self.head is None else self.head(features.to(self.dtype), graph)[1]
         known = known_classes(classes, self.config.num_labels, ranking.weights.dtype)
+        _, states = run_head(self.head, features.to(self.dtype), graph, known=known)
         _, propagated = self.label_propagation(self._label_graph(ranking), known)
         bank.fill(features, classes, ids, graph.degree, propagated, states, fingerprint)
         self._note_bank()

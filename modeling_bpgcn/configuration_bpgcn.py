@@ -28,9 +28,11 @@ RANGES = {
     "head_num_stacks": (int, 1, math.inf, True),
     "head_propagation_steps": (int, 1, math.inf, True),
     "head_teleport": (float, 0.0, 1.0, True),
+    "edge_dropout": (float, 0.0, 0.95, True),
     "head_loss_weight": (float, 0.0, math.inf, True),
     "propagation_loss_weight": (float, 0.0, math.inf, True),
     "neighborhood_loss_weight": (float, 0.0, math.inf, True),
+    "average_precision_loss_weight": (float, 0.0, math.inf, True),
     "consistency_loss_weight": (float, 0.0, math.inf, True),
     "propagation_consistency_loss_weight": (float, 0.0, math.inf, True),
     "reveal_ratio": (float, 0.0, 1.0, False),
@@ -43,6 +45,7 @@ LOSS_WEIGHTS = (
     "head_loss_weight",
     "propagation_loss_weight",
     "neighborhood_loss_weight",
+    "average_precision_loss_weight",
     "consistency_loss_weight",
     "propagation_consistency_loss_weight",
 )
@@ -75,9 +78,16 @@ class BPGCNConfig(PreTrainedConfig):
         head_num_attention_heads (`int`, defaults to 4): of the `gat` head.
         head_num_stacks (`int`, defaults to 2): parallel filters of the `arma` head.
         head_propagation_steps, head_teleport (10, 0.1): K and alpha of the `appnp` head.
-        head_loss_weight, propagation_loss_weight, neighborhood_loss_weight (0.1, 1, 0):
-            weights of the losses of labelled images, see `objectives.py`. The head's own is small: it is fitted within
-            a few steps, and through the messages it would pull the backbone away from what the ranking asks for.
+        label_embedding (`bool`, defaults to `False`):
+            the head reads a learned embedding of each class that is known, added to the feature. In training so many
+            labelled images as `reveal_ratio` says show theirs, and the head's loss asks for the others' (masked label
+            prediction, Shi et al. 2021); in answers the support images show theirs.
+        edge_dropout (`float`, defaults to 0): share of the edges that each step of training goes without (DropEdge,
+            Rong et al. 2020); the others of a row take over their weight.
+        head_loss_weight, propagation_loss_weight, neighborhood_loss_weight, average_precision_loss_weight
+            (0.1, 1, 0, 0): weights of the losses of labelled images, see `objectives.py`. The head's own is small: it
+            is fitted within a few steps, and through the messages it would pull the backbone away from what the ranking
+            asks for.
         consistency_loss_weight, propagation_consistency_loss_weight (0.1, 1):
             weights of the losses of unlabelled images, on the head's answers and on the propagated labels.
         reveal_ratio (`float`, defaults to 0.5): share of the labelled nodes whose class the masked propagation sees.
@@ -118,9 +128,12 @@ class BPGCNConfig(PreTrainedConfig):
     head_num_stacks: int = 2
     head_propagation_steps: int = 10
     head_teleport: float = 0.1
+    label_embedding: bool = False
+    edge_dropout: float = 0.0
     head_loss_weight: float = 0.1
     propagation_loss_weight: float = 1.0
     neighborhood_loss_weight: float = 0.0
+    average_precision_loss_weight: float = 0.0
     consistency_loss_weight: float = 0.1
     propagation_consistency_loss_weight: float = 1.0
     reveal_ratio: float = 0.5
@@ -165,7 +178,7 @@ class BPGCNConfig(PreTrainedConfig):
                 raise ValueError(f"{name}={value!r} is unknown: choose one of {', '.join(choices)}.")
         for name, (kind, lowest, highest, closed) in RANGES.items():
             self._check_range(name, getattr(self, name), kind, lowest, highest, closed)
-        for name in ("learn_temperature", "ranking_exclude_self"):
+        for name in ("learn_temperature", "ranking_exclude_self", "label_embedding"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be true or false.")
         self._check_pairs()
@@ -184,10 +197,17 @@ class BPGCNConfig(PreTrainedConfig):
         if not any(getattr(self, name) > 0 for name in LOSS_WEIGHTS):
             raise ValueError(f"All of {', '.join(LOSS_WEIGHTS)} are 0: nothing would train. Set one above 0.")
         propagates = self.propagation_loss_weight > 0 or self.propagation_consistency_loss_weight > 0
-        if self.head == "label_propagation" and not propagates and self.neighborhood_loss_weight == 0:
+        ranks = self.neighborhood_loss_weight > 0 or self.average_precision_loss_weight > 0
+        if self.head == "label_propagation" and not propagates and not ranks:
             raise ValueError(
                 "head='label_propagation' has no parameters, so only the ranking can train: set"
-                " propagation_loss_weight, propagation_consistency_loss_weight or neighborhood_loss_weight above 0."
+                " propagation_loss_weight, propagation_consistency_loss_weight, neighborhood_loss_weight or"
+                " average_precision_loss_weight above 0."
+            )
+        if self.label_embedding and self.head in ("linear", "label_propagation"):
+            raise ValueError(
+                f"label_embedding has no effect with head={self.head!r}, which reads no features of neighbours: leave"
+                " it out or use another head."
             )
         if self.graph_self_loop == "unit" and self.self_weight != type(self).self_weight:
             raise ValueError(

@@ -48,6 +48,7 @@ class RankingGraph:
         self_loop: str = "share",
         support_degree: Tensor | None = None,
         backend: str = "native",
+        num_queries: int = 0,
     ) -> "RankingGraph":
         r"""Build the graph of a ranking [N, k].
 
@@ -61,6 +62,7 @@ class RankingGraph:
             support_degree: [M] degrees of the source nodes when they are not the targets (a query at a fixed bank):
                 the graph is then directed, since the rows of the bank do not change.
             backend: `native` or `scatter` (torch-scatter), for the sums of irregular graphs.
+            num_queries: so many first nodes read and are not read: symmetrisation adds no edge back from them.
         """
         bipartite = support_degree is not None
         if bipartite or symmetrization == "none":
@@ -68,7 +70,7 @@ class RankingGraph:
         elif symmetrization == "mutual":
             graph = cls._regular(ranking.indices, _mutual_weights(ranking))
         elif symmetrization == "mean":
-            graph = cls._mean(ranking, backend)
+            graph = cls._mean(ranking, backend, num_queries)
         else:
             raise ValueError(f"symmetrization={symmetrization!r} is unknown: choose none, mean or mutual.")
         if self_loop not in ("share", "unit"):
@@ -82,12 +84,13 @@ class RankingGraph:
         return cls(indices, weights, torch.zeros_like(degree)[:, None], degree)
 
     @classmethod
-    def _mean(cls, ranking: Ranking, backend: str) -> "RankingGraph":
+    def _mean(cls, ranking: Ranking, backend: str, num_queries: int) -> "RankingGraph":
         N, k = ranking.indices.shape
         rows = torch.arange(N, device=ranking.indices.device).repeat_interleave(k)
         columns, weights = ranking.indices.flatten(), ranking.weights.flatten() / 2
         source, target = torch.cat([columns, rows]), torch.cat([rows, columns])
-        edge_weight = torch.cat([weights, weights])
+        back = weights if num_queries == 0 else weights.masked_fill(rows < num_queries, 0.0)
+        edge_weight = torch.cat([weights, back])
         degree = segment_sum(edge_weight, target, N, backend)
         own = torch.zeros_like(degree)[:, None]
         return cls(source, edge_weight, own, degree, target, backend, ranking.indices)
@@ -172,6 +175,16 @@ class RankingGraph:
             target = torch.arange(N, device=self.source.device).repeat_interleave(self.source.shape[1])
         matrix = torch.diag(self.self_weight[:, 0])
         return matrix.index_put((target, self.source.flatten()), self.edge_weight.flatten(), accumulate=True)
+
+
+def drop_edges(ranking: Ranking, rate: float) -> Ranking:
+    """A ranking [N, k] without a random share `rate` of its edges, whose weights are 0 (DropEdge, Rong et al. 2020);
+    what is left of a row is scaled to the row's sum. A row that loses every edge has none."""
+    # drawn on the CPU: the same for every process and device
+    kept = (torch.rand(ranking.weights.shape) >= rate).to(ranking.weights.device)
+    weights = ranking.weights * kept
+    scale = ranking.weights.sum(-1, keepdim=True) / weights.sum(-1, keepdim=True).clamp_min(EPS)
+    return ranking._replace(weights=weights * scale)
 
 
 def _inverse_power(degree: Tensor, power: float) -> Tensor:

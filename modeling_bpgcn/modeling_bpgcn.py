@@ -11,9 +11,10 @@ from transformers.utils import logging
 from .bank_editing import SupportBankMixin
 from .bank_search import rank_bank
 from .configuration_bpgcn import BPGCNConfig
-from .graph import RankingGraph
-from .heads import HEADS, LabelPropagation
+from .graph import RankingGraph, drop_edges
+from .heads import LabelPropagation
 from .image_features import check_features, check_pixels, pool_tokens, run_last_blocks
+from .label_embedding import build_head, classes_to_read, run_head
 from .objectives import check_classes, head_loss, known_classes, objective
 from .pretrained import BPGCNImageClassifierOutput, BPGCNModelOutput, BPGCNPreTrainedModel, RankingTemperature
 from .ranking import Ranking, soft_topk
@@ -74,6 +75,13 @@ class BPGCNModel(BPGCNPreTrainedModel):
         """`soft_topk` with the config's options: query [N, D] among the keys [M, D], or among themselves."""
         self._say_if_few(query.shape[0] - self.config.ranking_exclude_self if key is None else key.shape[0])
         return soft_topk(query, key, query_ids=query_ids, key_ids=key_ids, **self.rank_options())
+
+    def rank_context(self, nodes: Tensor, ids: Tensor | None, num_context: int) -> Ranking:
+        """Rank the last `num_context` of the nodes [N, D] for every node, as a bank is; indices are the nodes' rows."""
+        first = len(nodes) - num_context
+        ids = torch.arange(len(nodes), device=nodes.device) if ids is None else ids
+        ranking = self.rank(nodes, ids, nodes[first:], ids[first:])
+        return ranking._replace(indices=ranking.indices + first)
 
     def _say_if_few(self, candidates: int) -> None:
         if candidates < self.config.num_neighbors:
@@ -149,7 +157,7 @@ class BPGCNForImageClassification(SupportBankMixin, BPGCNPreTrainedModel):
     def __init__(self, config: BPGCNConfig):
         super().__init__(config)
         self.bpgcn = BPGCNModel(config)
-        self.head = None if config.head == "label_propagation" else HEADS[config.head](config)
+        self.head = build_head(config)
         self.label_propagation = LabelPropagation(config)
         self.post_init()
 
@@ -157,7 +165,7 @@ class BPGCNForImageClassification(SupportBankMixin, BPGCNPreTrainedModel):
         """Pooled features [B, D] of images [B, channels, height, width]."""
         return self.bpgcn.get_image_features(pixel_values)
 
-    def _graph(self, ranking: Ranking, support_degree: Tensor | None = None) -> RankingGraph:
+    def _graph(self, ranking: Ranking, support_degree: Tensor | None = None, num_queries: int = 0) -> RankingGraph:
         config = self.config
         return RankingGraph.from_ranking(
             ranking,
@@ -166,9 +174,12 @@ class BPGCNForImageClassification(SupportBankMixin, BPGCNPreTrainedModel):
             self_weight=config.self_weight,
             self_loop=config.graph_self_loop,
             support_degree=support_degree,
+            num_queries=num_queries,
         )
 
-    def _label_graph(self, ranking: Ranking, support_degree: Tensor | None = None) -> RankingGraph:
+    def _label_graph(
+        self, ranking: Ranking, support_degree: Tensor | None = None, num_queries: int = 0
+    ) -> RankingGraph:
         # no self-loops: a node's own class is no evidence for itself
         return RankingGraph.from_ranking(
             ranking,
@@ -176,6 +187,7 @@ class BPGCNForImageClassification(SupportBankMixin, BPGCNPreTrainedModel):
             normalization=self.config.graph_normalization,
             self_weight=0.0,
             support_degree=support_degree,
+            num_queries=num_queries,
         )
 
     def forward(
@@ -191,6 +203,7 @@ class BPGCNForImageClassification(SupportBankMixin, BPGCNPreTrainedModel):
         hidden_states: Tensor | None = None,
         ranking: Ranking | None = None,
         num_context: int = 0,
+        support_apart: bool = False,
         return_dict: bool | None = None,
     ) -> BPGCNImageClassifierOutput | tuple:
         r"""
@@ -199,7 +212,7 @@ class BPGCNForImageClassification(SupportBankMixin, BPGCNPreTrainedModel):
             features: [B, D] what the backbone made of them earlier, or
             hidden_states: [B, T, D] what the backbone's first `prefix_blocks` blocks made of them earlier.
             labels: [B] int64 classes, -100 unknown. On the batch graph they give the objective of `objectives.py`, else
-                the NLL of the answer; no answer sees them.
+                the NLL of the answer; no answer sees them, but for those shown in training to a `label_embedding`.
             node_ids: [B] int64 names of the images: none is its own neighbour, nor is its copy in the bank.
             support_classes: [B] int64 classes that the batch graph may see (-100 unknown), for label propagation.
             support: who the neighbours are. `bank`: the support images, the default outside training. `batch`: the
@@ -210,6 +223,8 @@ class BPGCNForImageClassification(SupportBankMixin, BPGCNPreTrainedModel):
             ranking: of the batch graph, computed elsewhere from these features.
             num_context: so many last nodes of the batch graph are context: neighbours whose classes (in `labels`) are
                 always revealed, and of which no loss is asked.
+            support_apart: the context is all that is ranked, as a bank is: the other nodes are nobody's neighbours, and
+                none of their classes is revealed.
         """
         with torch.set_grad_enabled(train_backbone and torch.is_grad_enabled()):
             features = self.bpgcn.embed(pixel_values, features, hidden_states)
@@ -217,7 +232,7 @@ class BPGCNForImageClassification(SupportBankMixin, BPGCNPreTrainedModel):
         support = self.bpgcn.resolve_support(support)
         if support == "none":
             return BPGCNImageClassifierOutput(features=features)
-        rows = None
+        rows, reveal_ratio = None, 0.0 if support_apart else self.config.reveal_ratio
         if support == "transductive":
             features, node_ids, support_classes, rows = join_bank(self.support_bank, features, node_ids)
         # two views of one tensor, so that the gradient of each path can be told apart
@@ -225,17 +240,28 @@ class BPGCNForImageClassification(SupportBankMixin, BPGCNPreTrainedModel):
         if support == "bank":
             ranking = self.bpgcn.rank_in_bank(ranked, node_ids)
             edges, degree, states, propagated = self.support_bank.read(ranking)
-            label_graph = self._label_graph(edges, degree)
+            graph, label_graph, read = self._graph(edges, degree), self._label_graph(edges, degree), None
             z = self.label_propagation.read(label_graph, propagated)
         else:
-            ranking = self.bpgcn.rank(ranked, node_ids) if ranking is None else ranking
-            edges, degree, states, label_graph, z = ranking, None, None, self._label_graph(ranking), None
+            if support_apart:
+                ranking = self.bpgcn.rank_context(ranked, node_ids, num_context)
+            elif ranking is None:
+                ranking = self.bpgcn.rank(ranked, node_ids)
+            drops = self.training and self.config.edge_dropout > 0
+            edges = drop_edges(ranking, self.config.edge_dropout) if drops else ranking
+            num_queries = len(features) - num_context if support_apart else 0
+            graph = self._graph(edges, None, num_queries)
+            label_graph = self._label_graph(edges, None, num_queries)
+            states, z, read = None, None, None
+            if self.config.label_embedding:
+                read = classes_to_read(labels, support_classes, self.training, reveal_ratio, num_context)
             if support_classes is not None:
                 known = known_classes(support_classes, self.config.num_labels, ranking.weights.dtype)
                 z, _ = self.label_propagation(label_graph, known)
         head_logits = None
         if self.head is not None:
-            scores, _ = self.head(messages, self._graph(edges, degree), states)
+            known = None if read is None else known_classes(read, self.config.num_labels, messages.dtype)
+            scores, _ = run_head(self.head, messages, graph, states, known)
             head_logits = torch.log_softmax(scores.to(ranking.weights.dtype), dim=-1)
         logits = self.label_propagation.mix(head_logits, z)
         if logits is None:  # label propagation alone, on a batch whose classes nobody gave
@@ -248,9 +274,8 @@ class BPGCNForImageClassification(SupportBankMixin, BPGCNPreTrainedModel):
         if labels is not None and support == "batch":
             tau = self.bpgcn.ranking_temperature()
             propagation = self.label_propagation
-            loss, parts = objective(
-                self.config, labels, head_logits, propagation, label_graph, ranked, node_ids, tau, num_context
-            )
+            given = labels, head_logits, propagation, label_graph, ranked, node_ids, tau
+            loss, parts = objective(self.config, *given, num_context, reveal_ratio, read)
         elif labels is not None:
             loss = head_loss(logits, labels)
         output = BPGCNImageClassifierOutput(

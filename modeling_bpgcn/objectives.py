@@ -27,24 +27,30 @@ def objective(
     ids: Tensor | None,
     temperature: float | Tensor,
     num_context: int = 0,
+    reveal_ratio: float | None = None,
+    read: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted sum of the losses whose weight is not 0, and each of them, unweighted and detached.
 
     The last `num_context` of the N nodes are context: their classes are always revealed, and nothing is asked of them.
+    `reveal_ratio` takes the place of the config's; `read` [N] are the classes that the head has read (-100: it has
+    not), for which its loss does not ask.
     """
+    reveal_ratio = config.reveal_ratio if reveal_ratio is None else reveal_ratio
     parts = {}
     asked = slice(0, len(labels) - num_context)
     if config.head_loss_weight and head_logits is not None:
-        parts["head_loss"] = head_loss(head_logits[asked], labels[asked])
+        unread = labels if read is None else labels.masked_fill(read >= 0, UNKNOWN)
+        parts["head_loss"] = head_loss(head_logits[asked], unread[asked])
     if config.propagation_loss_weight:
         parts["propagation_loss"] = masked_propagation_loss(
-            propagation, label_graph, labels, config.num_labels, config.reveal_ratio, num_context
+            propagation, label_graph, labels, config.num_labels, reveal_ratio, num_context
         )
-    if config.neighborhood_loss_weight:
-        ids = torch.arange(len(labels), device=labels.device) if ids is None else ids
-        parts["neighborhood_loss"] = neighborhood_loss(
-            features, labels, ids, temperature, config.ranking_metric, num_context
-        )
+    for part in (neighborhood_loss, average_precision_loss):
+        name = part.__name__
+        if getattr(config, f"{name}_weight"):
+            ids = torch.arange(len(labels), device=labels.device) if ids is None else ids
+            parts[name] = part(features, labels, ids, temperature, config.ranking_metric, num_context)
     if config.consistency_loss_weight and head_logits is not None:
         parts["consistency_loss"] = consistency_loss(head_logits[asked], labels[asked])
     if config.propagation_consistency_loss_weight:
@@ -87,6 +93,18 @@ def head_loss(log_probabilities: Tensor, labels: Tensor) -> Tensor:
     return total / (labels >= 0).sum().clamp_min(1)
 
 
+def draw_hidden(labels: Tensor, reveal_ratio: float, num_context: int = 0) -> Tensor:
+    """The labelled nodes whose class is not revealed, at random; at least one of each kind, where context does not
+    reveal any. Empty when no node is left to ask, or none to reveal."""
+    labeled = (labels[: len(labels) - num_context] >= 0).nonzero()[:, 0]
+    least = 0 if (labels[len(labels) - num_context :] >= 0).any() else 1  # context may be all that is revealed
+    if labeled.numel() < 1 + least:
+        return labeled[:0]
+    # drawn on the CPU: the same for every process and device
+    shuffled = labeled[torch.randperm(labeled.numel()).to(labels.device)]
+    return shuffled[min(max(round(reveal_ratio * labeled.numel()), least), labeled.numel() - 1) :]
+
+
 def masked_propagation_loss(
     propagation: LabelPropagation,
     graph: RankingGraph,
@@ -100,14 +118,9 @@ def masked_propagation_loss(
     Only the edge weights carry this gradient: it is the pure ranking path (relatives: TPN, Liu et al. 2019; masked
     label prediction, Shi et al. 2021). 0 when no node is left to ask, or none to reveal.
     """
-    labeled = (labels[: len(labels) - num_context] >= 0).nonzero()[:, 0]
-    least = 0 if (labels[len(labels) - num_context :] >= 0).any() else 1  # context may be all that is revealed
-    if labeled.numel() < 1 + least:
+    hidden = draw_hidden(labels, reveal_ratio, num_context)
+    if hidden.numel() == 0:
         return graph.edge_weight.sum() * 0.0
-    # drawn on the CPU: the same for every process and device
-    shuffled = labeled[torch.randperm(labeled.numel()).to(labels.device)]
-    revealed = min(max(round(reveal_ratio * labeled.numel()), least), labeled.numel() - 1)
-    hidden = shuffled[revealed:]
     seen = labels.index_fill(0, hidden, UNKNOWN)
     z, _ = propagation(graph, known_classes(seen, num_labels, graph.edge_weight.dtype))
     return F.nll_loss(propagation.log_probabilities(z[hidden]), labels[hidden])
@@ -137,6 +150,40 @@ def neighborhood_loss(
     logits = logits.masked_fill(~other[counted], -math.inf)
     own = torch.logsumexp(logits.masked_fill(~same[counted], -math.inf), dim=-1)
     return (torch.logsumexp(logits, dim=-1) - own).mean()
+
+
+def average_precision_loss(
+    features: Tensor,
+    labels: Tensor,
+    ids: Tensor,
+    temperature: float | Tensor,
+    metric: str,
+    num_context: int = 0,
+) -> Tensor:
+    r"""1 - the average precision of a labelled node's ranking of the others, with smooth ranks (Smooth-AP, Brown et al.
+    2020, equation 5), mean over the nodes: for node i, the P_i of its class, and all others O_i,
+
+        AP_i = 1/|P_i| sum_{j in P_i} (1 + sum_{l in P_i} sigma_lj) / (1 + sum_{l in O_i} sigma_lj)
+        sigma_lj = sigmoid((S_il - S_ij) / temperature), l != j
+
+    in memory O(L^3 / C) for L labelled nodes. Nodes without another of their class are left out; 0 when none is
+    left."""
+    labeled = (labels >= 0).nonzero()[:, 0]
+    features, classes, ids = features[labeled], labels[labeled], ids[labeled]
+    asked = (labeled < len(labels) - num_context)[:, None]
+    other = ids[:, None] != ids[None, :]
+    same = (classes[:, None] == classes[None, :]) & other
+    node, match = (same & asked).nonzero(as_tuple=True)  # every pair (i, j) of one class
+    if node.numel() == 0:
+        return features.sum() * 0.0
+    with torch.autocast(features.device.type, enabled=False):
+        exact = features if features.dtype == torch.float64 else features.float()
+        scores = similarity(exact, exact, metric)
+        above = torch.sigmoid((scores[node] - scores[node, match][:, None]) / temperature)  # [pairs, L]
+    counted = other[node].scatter(1, match[:, None], False)
+    precision = (1 + (above * (counted & same[node])).sum(-1)) / (1 + (above * counted).sum(-1))
+    pairs = same.sum(-1)[node]  # |P_i| of each pair
+    return 1 - (precision / pairs).sum() / (1 / pairs.to(precision.dtype)).sum()
 
 
 def consistency_loss(log_probabilities: Tensor, labels: Tensor) -> Tensor:

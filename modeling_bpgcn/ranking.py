@@ -51,7 +51,7 @@ class PreparedKeys:
             # about the keys' mean: the squares would drown the differences far from the origin
             center = key.mean(0, keepdim=True).detach()
             key = key - center
-            vectors = torch.cat([key, key.new_ones(len(key), 1), -key.square().sum(-1, keepdim=True)], dim=-1)
+            vectors = torch.cat([key, key.new_ones(key.shape[0], 1), -key.square().sum(-1, keepdim=True)], dim=-1)
             return cls(vectors, center, key.shape[1])
         raise ValueError(f"metric={metric!r} is unknown: choose cosine or euclidean.")
 
@@ -74,7 +74,7 @@ def inner_product_form(
     if metric == "cosine":
         return _unit(query), keys.vectors, 1.0
     query = query - keys.center
-    ones = query.new_ones(len(query), 1)
+    ones = query.new_ones(query.shape[0], 1)
     return torch.cat([2 * query, -query.square().sum(-1, keepdim=True), ones], dim=-1), keys.vectors, None
 
 

@@ -40,7 +40,7 @@ class SupportBank(nn.Module):
         self.dtype = BANK_DTYPES[config.bank_dtype]
         head = HEADS.get(config.head)
         sizes = [] if head is None else head.state_sizes(config)
-        self.shares_features = head is not None and head.first_state_is_features
+        self.shares_features = head is not None and head.first_state_is_features and not config.label_embedding
         self.state_names = [f"state_{i}" for i in range(len(sizes) - self.shares_features)]
         widths = dict(zip(self.state_names, sizes[self.shares_features :], strict=True))
         self._shapes = {"features": (config.feature_size,), "propagated": (config.num_labels,), "degree": ()}
@@ -115,13 +115,16 @@ class SupportBank(nn.Module):
         return held[4]
 
     def read(self, ranking: Ranking) -> BankRows:
-        """What the edges of a ranking [N, k] of the bank's rows read: no more than N k rows are touched."""
-        if ranking.indices.numel() >= self.size:
-            return BankRows(ranking, self.degree, self.states, self.propagated)
-        rows = ranking.indices.flatten()
-        among = torch.arange(rows.numel(), device=rows.device).view_as(ranking.indices)
-        states = [state[rows] for state in self.states]
-        return BankRows(Ranking(among, ranking.weights), self.degree[rows], states, self.propagated[rows])
+        """What the edges of a ranking [N, k] of the bank's rows read: no more than N k rows are touched. They come in
+        float32 from a bank in float16, which is how it stores, not how answers are computed."""
+        rows = slice(None)
+        if ranking.indices.numel() < self.size:
+            rows = ranking.indices.flatten()
+            among = torch.arange(rows.numel(), device=rows.device).view_as(ranking.indices)
+            ranking = Ranking(among, ranking.weights)
+        dtype = torch.promote_types(self.features.dtype, torch.float32)
+        degree, propagated, *states = (x[rows].to(dtype) for x in (self.degree, self.propagated, *self.states))
+        return BankRows(ranking, degree, states, propagated)
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         # the checkpoint decides the size: a resumed run or a best model may hold another bank than this one, or none

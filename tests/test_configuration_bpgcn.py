@@ -32,10 +32,11 @@ def test_defaults_are_those_of_the_design():
         "head_loss_weight": 0.1,
         "propagation_loss_weight": 1.0,
         "neighborhood_loss_weight": 0.0,
+        "average_precision_loss_weight": 0.0,
         "consistency_loss_weight": 0.1,
         "propagation_consistency_loss_weight": 1.0,
     }
-    assert config.bank_size == 0
+    assert (config.label_embedding, config.edge_dropout, config.bank_size) == (False, 0.0, 0)
 
 
 def test_the_seed_is_the_letter_of_the_note_and_can_be_overridden():
@@ -44,7 +45,7 @@ def test_the_seed_is_the_letter_of_the_note_and_can_be_overridden():
     assert (config.ranking_exclude_self, config.num_neighbors, config.num_labels) == (False, 4, 5)
     assert (config.graph_normalization, config.graph_self_loop) == ("symmetric", "unit")
     assert (config.head, config.head_num_layers) == ("gcn", 2)
-    assert [getattr(config, name) for name in LOSS_WEIGHTS] == [1.0, 0.0, 0.0, 0.0, 0.0]
+    assert [getattr(config, name) for name in LOSS_WEIGHTS] == [1.0, 0.0, 0.0, 0.0, 0.0, 0.0]
     assert config.propagation_mix == 0
 
 
@@ -114,7 +115,12 @@ ONE_NEIGHBOR = (
         (
             {"head": "label_propagation"} | only("consistency_loss"),
             "head='label_propagation' has no parameters, so .* set propagation_loss_weight,"
-            " propagation_consistency_loss_weight or neighborhood_loss_weight above 0",
+            " propagation_consistency_loss_weight, neighborhood_loss_weight or average_precision_loss_weight above 0",
+        ),
+        ({"label_embedding": True, "head": "linear"}, "label_embedding has no effect with head='linear'"),
+        (
+            {"label_embedding": True, "head": "label_propagation"},
+            "label_embedding has no effect with head='label_propagation'",
         ),
     ],
     ids=[
@@ -125,6 +131,8 @@ ONE_NEIGHBOR = (
         "one neighbour, consistency",
         "one neighbour, masked",
         "loss without head",
+        "classes for a linear head",
+        "classes without a head",
     ],
 )
 def test_contradictions_are_refused(fields, message):

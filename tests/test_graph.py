@@ -13,9 +13,9 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 
 from modeling_bpgcn import graph as graph_module
-from modeling_bpgcn.graph import RankingGraph, neighbor_sum, segment_sum
+from modeling_bpgcn.graph import RankingGraph, drop_edges, neighbor_sum, segment_sum
 from modeling_bpgcn.ranking import Ranking, soft_topk
-from tests.model_factory import dense_ranking, random_ranking
+from tests.model_factory import dense_ranking, random_ranking, tiny_images, tiny_model
 
 SYMMETRIZATIONS = ("none", "mean", "mutual")
 NORMALIZATIONS = ("row", "symmetric", "none")
@@ -367,3 +367,78 @@ def test_a_symmetrised_graph_adds_up_the_same_by_rows_as_edge_by_edge(normalizat
     for fast, slow in zip(*results, strict=True):
         assert slow.abs().sum() > 0
         assert_close(fast, slow)
+
+
+# --- dropped edges ----------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 6), st.floats(0.0, 0.95))
+def test_dropped_edges_leave_the_others_their_proportions_and_the_row_its_sum(seed, k, rate):
+    torch.manual_seed(seed)
+    ranking = random_ranking(8, k)
+    dropped = drop_edges(ranking, rate)
+    assert torch.equal(dropped.indices, ranking.indices)
+    for before, after in zip(ranking.weights, dropped.weights, strict=True):
+        kept = after > 0
+        if kept.any():
+            assert_close(after[kept], before[kept] * before.sum() / before[kept].sum())
+        if rate == 0:
+            assert kept.all()
+
+
+def test_so_many_edges_are_dropped_as_the_rate_says_and_others_each_time():
+    ranking = random_ranking(400, 20)
+    dropped = [(drop_edges(ranking, 0.3).weights == 0) for _ in range(2)]
+    assert dropped[0].double().mean().item() == pytest.approx(0.3, abs=0.02)
+    assert not torch.equal(*dropped)
+
+
+def test_the_gradient_of_dropped_edges_is_that_of_the_renormalised_rest():
+    ranking = random_ranking(9, 4)
+    weights = ranking.weights.requires_grad_()
+    readout = torch.randn(9, 4, dtype=torch.float64)
+    torch.manual_seed(3)
+    dropped = drop_edges(ranking, 0.4).weights
+    [gradient] = torch.autograd.grad((dropped * readout).sum(), weights)
+    kept = dropped.detach() > 0
+    assert gradient[kept].abs().max() > 1e-3
+
+    def rest(w):
+        torch.manual_seed(3)
+        return (drop_edges(ranking._replace(weights=w), 0.4).weights * readout).sum()
+
+    assert gradcheck(rest, weights)
+    plain = weights * kept * (weights.sum(-1) / (weights * kept).sum(-1).clamp_min(1e-12))[:, None]
+    assert_close(gradient, torch.autograd.grad((plain * readout).sum(), weights)[0])
+
+
+def test_edges_are_dropped_in_training_alone():
+    torch.manual_seed(0)
+    images, model = tiny_images(10), tiny_model(edge_dropout=0.5)
+    trained = [model.train()(pixel_values=images, support="batch").logits for _ in range(2)]
+    assert (trained[0] - trained[1]).abs().max() > 1e-3
+    answers = [model.eval()(pixel_values=images, support="batch").logits for _ in range(2)]
+    assert torch.equal(*answers)
+    model.config.edge_dropout = 0.0
+    assert torch.equal(model(pixel_values=images, support="batch").logits, answers[0])
+    assert torch.equal(model.train()(pixel_values=images, support="batch").logits, answers[0])
+
+
+# --- queries that nobody reads ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_symmetrisation_adds_no_edge_back_from_a_query(normalization):
+    Q, N = 3, 9
+    ranking = random_ranking(N, 2, N - Q)
+    ranking = ranking._replace(indices=ranking.indices + Q)  # among the others alone
+    options = {"symmetrization": "mean", "normalization": normalization, "self_weight": 0.3, "num_queries": Q}
+    matrix = RankingGraph.from_ranking(ranking, **options).dense()
+    A = dense_ranking(ranking) / 2
+    A = A + torch.cat([torch.zeros(Q, N), A[Q:]]).T
+    own = torch.where(A.sum(-1) > 0, 0.3, 1.0)
+    expected = torch.diag(own) + 0.7 * normalized(A, A.sum(-1), A.sum(-1), normalization)
+    assert_close(matrix, expected.double())
+    assert (matrix[Q:, :Q] == 0).all()
+    assert (matrix[:Q, Q:] > 0).any(-1).all()

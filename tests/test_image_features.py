@@ -150,7 +150,7 @@ def test_autocast_reaches_the_last_blocks_alike():
 
 # torch 2.13 looks at the gradient of tensors that cross a graph break
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-@pytest.mark.parametrize("pooling", ["cls", "cls_mean"])
+@pytest.mark.parametrize("pooling", ["cls", pytest.param("cls_mean", marks=pytest.mark.slow)])
 def test_compiled_it_gives_the_same(pooling):
     torch._dynamo.reset()
     model, images = model_of(pooling=pooling), tiny_images(8)

@@ -466,7 +466,7 @@ def test_autocast_trains_as_float32_does_but_for_rounding():
 
 # torch 2.13 looks at the gradient of tensors that cross a graph break
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-@pytest.mark.parametrize("head", ["gcn", "gat"])
+@pytest.mark.parametrize("head", ["gcn", pytest.param("gat", marks=pytest.mark.slow)])
 def test_compiled_it_gives_the_same_values_and_gradients(head):
     model, images = tiny_model(head=head, learn_temperature=True).train(), tiny_images(12)
     plain = gradients(model, images)

@@ -13,6 +13,7 @@ from modeling_bpgcn import objectives
 from modeling_bpgcn.graph import RankingGraph
 from modeling_bpgcn.heads import LabelPropagation
 from modeling_bpgcn.objectives import (
+    average_precision_loss,
     consistency_loss,
     head_loss,
     known_classes,
@@ -170,6 +171,81 @@ def test_neighborhood_loss_of_half_precision_features_is_computed_in_float32():
     assert torch.equal(half, neighborhood_loss(x.float(), LABELS, torch.arange(N), 0.05, "cosine"))
 
 
+# --- average precision -----------------------------------------------------------------------------------------------
+
+
+def plain_average_precision(S: Tensor, labels: list[int], ids: list[int], above) -> list[float]:
+    """Of every node that has another of its class: precision at the rank of each of these, with ranks counted by
+    `above(score, other score)`."""
+    found = []
+    for i in range(len(labels)):
+        others = [j for j in range(len(labels)) if labels[i] >= 0 and labels[j] >= 0 and ids[i] != ids[j]]
+        own = [j for j in others if labels[j] == labels[i]]
+        at = []
+        for j in own:
+            ranks = [1 + sum(above(S[i, j].item(), S[i, m].item()) for m in group if m != j) for group in (own, others)]
+            at.append(ranks[0] / ranks[1])
+        if own:
+            found.append(sum(at) / len(at))
+    return found
+
+
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+def test_average_precision_loss_is_a_plain_loop_over_labelled_pairs(metric):
+    x, ids = features(), [0, 1, 2, 0, 4, 5, 6, 7, 8, 9]  # rows 0 and 3 are one image
+    tau = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    loss = average_precision_loss(x, LABELS, torch.tensor(ids), tau, metric)
+    smooth = plain_average_precision(
+        similarity(x, x, metric), LABELS.tolist(), ids, lambda own, other: 1 / (1 + math.exp((own - other) / 0.5))
+    )
+    assert len(smooth) == 6
+    assert_close(loss.item(), 1 - sum(smooth) / len(smooth))
+    loss.backward()
+    assert x.grad[LABELS >= 0].norm(dim=-1).min() > 1e-5
+    assert (x.grad[LABELS < 0] == 0).all()
+    assert tau.grad.abs() > 1e-4
+
+
+def test_average_precision_loss_has_the_gradient_of_its_differences():
+    labels, ids = torch.tensor([0, 0, 1, 1, 0, -100]), torch.arange(6)
+    x = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
+    loss = lambda rows: average_precision_loss(rows, labels, ids, 0.2, "cosine")  # noqa: E731
+    assert torch.autograd.grad(loss(x), x)[0].abs().max() > 1e-3
+    assert torch.autograd.gradcheck(loss, x)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10_000), st.lists(st.integers(-1, 2), min_size=3, max_size=12).filter(lambda c: c.count(0) > 1))
+def test_cold_average_precision_is_that_of_counted_ranks(seed, classes):
+    labels = torch.tensor([c if c >= 0 else -100 for c in classes])
+    x = torch.randn(len(labels), 5, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    loss = average_precision_loss(x, labels, torch.arange(len(labels)), 1e-9, "cosine")
+    S = similarity(x, x, "cosine")
+    exact = plain_average_precision(S, labels.tolist(), list(range(len(labels))), lambda own, other: other > own)
+    assert_close(loss.item(), 1 - sum(exact) / len(exact), rtol=1e-6, atol=1e-6)
+
+
+def test_average_precision_asks_nothing_of_the_context_but_ranks_it():
+    x, context = features(), 4
+    loss = average_precision_loss(x, LABELS, torch.arange(N), 0.5, "cosine", context)
+    S = similarity(x, x, "cosine")
+    smooth = plain_average_precision(
+        S, LABELS.tolist(), list(range(N)), lambda own, other: 1 / (1 + math.exp((own - other) / 0.5))
+    )
+    queries = [i for i, c in enumerate(LABELS.tolist()) if c >= 0 and i != 2]  # 2 is the only one of its class
+    kept = [value for i, value in zip(queries, smooth, strict=True) if i < N - context]
+    assert 0 < len(kept) < len(smooth)
+    assert_close(loss.item(), 1 - sum(kept) / len(kept))
+
+
+def test_average_precision_leaves_no_trace_when_no_class_occurs_twice():
+    x = features()
+    loss = average_precision_loss(x, torch.tensor([0, 1, 2] + [-100] * 7), torch.arange(N), 0.5, "cosine")
+    assert loss.item() == 0
+    loss.backward()
+    assert (x.grad == 0).all()
+
+
 # --- consistency -----------------------------------------------------------------------------------------------------
 
 
@@ -290,6 +366,7 @@ WEIGHTS = {
     "head_loss_weight": 0.7,
     "propagation_loss_weight": 1.3,
     "neighborhood_loss_weight": 0.4,
+    "average_precision_loss_weight": 0.9,
     "consistency_loss_weight": 0.2,
     "propagation_consistency_loss_weight": 0.6,
 }
@@ -308,6 +385,7 @@ def test_the_objective_is_the_weighted_sum_of_its_parts():
         "head_loss": head_loss(logits, LABELS),
         "propagation_loss": masked_propagation_loss(LabelPropagation(config), graph, LABELS, CLASSES, 0.5),
         "neighborhood_loss": neighborhood_loss(x, LABELS, torch.arange(N), 0.5, "cosine"),
+        "average_precision_loss": average_precision_loss(x, LABELS, torch.arange(N), 0.5, "cosine"),
         "consistency_loss": consistency_loss(logits, LABELS),
         "propagation_consistency_loss": propagation_consistency(graph),
     }
@@ -326,7 +404,8 @@ def test_a_loss_of_weight_zero_is_not_computed(name):
 def test_label_propagation_alone_has_no_head_to_teach():
     config = tiny_config(head="label_propagation", **WEIGHTS)
     _, parts = parts_of(config, None, features(), label_graph())
-    assert set(parts) == {"propagation_loss", "neighborhood_loss", "propagation_consistency_loss"}
+    without_head = ("propagation_loss", "neighborhood_loss", "average_precision_loss", "propagation_consistency_loss")
+    assert set(parts) == set(without_head)
 
 
 def test_unknown_classes_are_rows_of_zeros():

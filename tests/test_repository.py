@@ -217,5 +217,7 @@ def test_constraints_pin_torch_first_and_every_direct_dependency():
     assert pins[0].startswith("torch==")
     pinned = {pin.split("==")[0] for pin in pins}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = {spec.split(">=")[0] for spec in project["dependencies"] + project["optional-dependencies"]["test"]}
-    assert wanted <= pinned
+    extras = project["optional-dependencies"]
+    specs = project["dependencies"] + [spec for name in ("test", "app", "faiss", "onnx") for spec in extras[name]]
+    assert f"{project['name']}[app,faiss,onnx]" in extras["test"]
+    assert {spec.split(">=")[0] for spec in specs if not spec.startswith(f"{project['name']}[")} <= pinned

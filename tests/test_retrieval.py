@@ -12,7 +12,7 @@ from modeling_bpgcn import BPGCNForImageClassification, BPGCNModel, bank_search
 from modeling_bpgcn.ranking import PreparedKeys, similarity, soft_topk
 from modeling_bpgcn.relaxations import RELAXATIONS
 from modeling_bpgcn.search import DatasetSearch, FaissSearch, bank_dataset
-from tests.model_factory import CLASSES, tiny_images, tiny_model
+from tests.model_factory import CLASSES, tiny_backbone, tiny_images, tiny_model
 
 M = 40
 CLASSES_OF = torch.where(torch.arange(M) % 4 == 3, -100, torch.arange(M) % CLASSES)
@@ -251,18 +251,35 @@ def test_faiss_finds_the_exact_neighbours(factory, metric):
     assert_close(found.logits, exact.logits, atol=1e-5, rtol=1e-5)
 
 
-def test_more_probes_find_more():
+def recall_of(model, search, query) -> float:
+    """Share of the exact neighbours that a model finds through an index."""
+    model.use_search(None)
+    exact = model.retrieve(features=query).ids
+    model.use_search(search)
+    found = model.retrieve(features=query).ids
+    return (found[:, :, None] == exact[:, None]).any(1).float().mean().item()
+
+
+@pytest.mark.parametrize(
+    ("factory", "option", "most"), [("IVF32,Flat", "num_probes", 32), ("HNSW4,Flat", "ef_search", 300)]
+)
+def test_more_visits_find_more(factory, option, most):
     pytest.importorskip("faiss")
     model, query = tiny_model(), torch.randn(50, 8)
     model.set_support_bank(torch.randn(2000, 8), torch.arange(2000) % CLASSES)
-    exact, search = model.retrieve(features=query).ids, FaissSearch("IVF32,Flat")
-    model.use_search(search)
-    recall = []
-    for search.num_probes in (1, 32):
-        found = model.retrieve(features=query).ids
-        recall.append((found[:, :, None] == exact[:, None]).any(1).float().mean().item())
+    recall = [recall_of(model, FaissSearch(factory, **{option: visits}), query) for visits in (1, most)]
     assert recall[0] < 0.95
-    assert recall[1] == 1
+    assert recall[1] > 0.999
+
+
+def test_the_default_finds_nearly_all_neighbours_where_there_are_no_clusters():
+    """Principal components whose variances fall as slowly as those of a backbone's features."""
+    pytest.importorskip("faiss")
+    model = tiny_model(backbone_config=tiny_backbone(hidden_size=64), num_neighbors=10)
+    bank, query = torch.randn(12_100, 64).mul(torch.arange(1, 65) ** -0.55).split([12_000, 100])
+    model.set_support_bank(bank, torch.arange(12_000) % CLASSES)
+    assert recall_of(model, FaissSearch(num_probes=4), query) < 0.8
+    assert recall_of(model, FaissSearch(), query) > 0.95
 
 
 def test_an_index_of_a_data_set_is_used_while_it_fits_the_bank(tmp_path):

@@ -41,6 +41,7 @@ MADE = {
     "recipe.yaml",
     "results.json",
     "run.json",
+    "support_thumbnails.parquet",
     "training_curves.png",
     "trainer_state.json",
 }

@@ -18,6 +18,8 @@ END_TO_END = ("uniform", "detached", "full", "ranking_only", "random")
 ARMS = (*TWO_STAGE, *END_TO_END)
 # fields of the config that leave a classifier of single images, beside those of `TWO_STAGE`
 NO_GRAPH = {
+    "label_embedding": False,
+    "average_precision_loss_weight": 0.0,
     "propagation_loss_weight": 0.0,
     "consistency_loss_weight": 0.0,
     "propagation_consistency_loss_weight": 0.0,

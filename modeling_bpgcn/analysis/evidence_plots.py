@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from sklearn.manifold import TSNE
 
 from .evidence_contrasts import Contrast
-from .plots import INK, MUTED, RIGHT, WRONG, _save, _style
+from .plot_style import INK, MUTED, RIGHT, WRONG, save_png, style_axes
 
 # (arm, answer) -> name, color, line: one answer per arm, and the head's own where a graph follows it
 LINES = {
@@ -66,10 +66,10 @@ def plot_contrasts(contrasts: dict[str, Sequence[Contrast]], path: str | PathLik
     figure, panels = _panels(len(contrasts), 2, 6.8, 0.9 + 0.2 * longest)
     for row, (title, both) in zip(panels, halves.items(), strict=True):
         for axes, kind, half in zip(row, ("transductive", "inductive"), both, strict=True):
-            _style(axes, f"{title}: {kind}", "full minus rival, percentage points")
+            style_axes(axes, f"{title}: {kind}", "full minus rival, percentage points")
             names = [contrast.rival.name + RANKING_NAMES.get(contrast.measure, "") for contrast in half]
             _draw_forest(axes, half, names)
-    return _save(figure, path)
+    return save_png(figure, path)
 
 
 def _draw_forest(axes: Axes, contrasts: Sequence[Contrast], names: Sequence[str]) -> None:
@@ -110,7 +110,7 @@ def plot_accuracy(
     """
     figure, [panels] = _panels(1, len(curves), 5.4, 4.2)
     for axes, (title, lines) in zip(panels, curves.items(), strict=True):
-        _style(axes, title, axis)
+        style_axes(axes, title, axis)
         axes.set_ylabel("accuracy, %", fontsize=9, color=MUTED)
         places = sorted({x for line in lines.values() for x in line})
         if places[0] > 0:
@@ -126,7 +126,7 @@ def plot_accuracy(
             axes.plot(x, mean, style, color=color, linewidth=width, marker="o", markersize=4, label=name)
             axes.fill_between(x, mean - deviation, mean + deviation, color=color, alpha=0.1, linewidth=0)
     _legend(figure)
-    return _save(figure, path)
+    return save_png(figure, path)
 
 
 def _mean_curve(curves: Sequence[Sequence[dict]], name: str) -> tuple[list[int], list[float]]:
@@ -155,22 +155,22 @@ def plot_ranking_curves(curves: dict[str, Curves], path: str | PathLike) -> Figu
     figure, panels = _panels(len(curves), len(CURVES), 3.7, 3.1)
     for row, (data, arms) in zip(panels, curves.items(), strict=True):
         for axes, (name, title) in zip(row, CURVES.items(), strict=True):
-            _style(axes, f"{data}: {title}" if axes is row[0] else title, "step")
+            style_axes(axes, f"{data}: {title}" if axes is row[0] else title, "step")
             _draw_curves(axes, arms, name)
     _legend(figure)
-    return _save(figure, path)
+    return save_png(figure, path)
 
 
 def plot_gradient_share(curves: dict[str, Curves], path: str | PathLike) -> Figure:
     """Share of the gradient's norm that the ranking path brings to the features, by step: a panel per data set."""
     figure, [panels] = _panels(1, len(curves), 5.0, 3.6)
     for axes, (data, arms) in zip(panels, curves.items(), strict=True):
-        _style(axes, data, "step")
+        style_axes(axes, data, "step")
         axes.set_ylabel("share of the ranking path", fontsize=9, color=MUTED)
         _draw_curves(axes, arms, "ranking_gradient_share")
         axes.set_ylim(-0.03, 1.03)
     _legend(figure)
-    return _save(figure, path)
+    return save_png(figure, path)
 
 
 def plot_confusion(counts: np.ndarray, path: str | PathLike, label_names: Sequence[str] | None = None) -> Figure:
@@ -195,7 +195,7 @@ def plot_confusion(counts: np.ndarray, path: str | PathLike, label_names: Sequen
     axes.set_yticks(range(C), names, fontsize=8)
     axes.set_xlabel("answer", fontsize=9, color=MUTED)
     axes.set_ylabel("class", fontsize=9, color=MUTED)
-    return _save(figure, path)
+    return save_png(figure, path)
 
 
 def plot_embedding(
@@ -223,7 +223,7 @@ def plot_embedding(
         perplexity = min(30.0, (len(features) - 1) / 3)
         places = TSNE(metric="cosine", init="random", perplexity=perplexity, random_state=seed).fit_transform(features)
         axes.scatter(*places.T, c=np.asarray(classes) % 20, cmap="tab20", vmin=0, vmax=19, s=9, linewidths=0)
-        _style(axes, title, "")
+        style_axes(axes, title, "")
         axes.set_xticks([])
         axes.set_yticks([])
-    return _save(figure, path)
+    return save_png(figure, path)

@@ -130,6 +130,7 @@ def train_and_answer(
             labeled = split.graph[split.visible[split.graph] != UNKNOWN]
             alone = {"per_device_train_batch_size": min(training["per_device_train_batch_size"], len(labeled))}
             alone |= {"labeled_batch_fraction": None, "graph_scope": "batch"}
+            alone |= {"support_fraction": 0.0, "view_loss_weight": 0.0}
             curve = _train(model, images, split.visible, labeled, seed, training | alone, watched)
     features = embed(model, images.states, training["bf16"])
     if arm in END_TO_END:

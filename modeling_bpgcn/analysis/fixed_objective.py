@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..image_features import first_modules
 from ..modeling_bpgcn import BPGCNForImageClassification
+from .undisturbed import undisturbed
 
 PARTS = ("head", "features", "last_blocks")
 
@@ -27,16 +28,10 @@ def fixed_objective(model: BPGCNForImageClassification, seed: int) -> Iterator[N
         raise ValueError(
             f"attn_implementation={attention!r} has no second derivative: load the model with 'sdpa' or 'eager'."
         )
-    device, modes = model.device, {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        # nor have the fused kernels of scaled_dot_product_attention
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), sdpa_kernel(SDPBackend.MATH):
-            torch.manual_seed(seed)
-            yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    # nor have the fused kernels of scaled_dot_product_attention
+    with undisturbed(model), sdpa_kernel(SDPBackend.MATH):
+        torch.manual_seed(seed)
+        yield
 
 
 def labeled_inputs(model: BPGCNForImageClassification, batch: dict[str, Tensor]) -> dict[str, Tensor]:

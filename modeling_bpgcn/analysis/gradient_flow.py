@@ -20,8 +20,8 @@ from .graph_gradients import (
     graph_gradients,
     prepare,
     similarity_gradient,
-    undisturbed,
 )
+from .undisturbed import undisturbed
 
 SHARED, FEATURE, RANKING = "both paths", "feature path", "ranking path"
 RELATIVE_ZERO = 1e-6  # of the largest one: a smaller gradient counts as none
@@ -149,7 +149,7 @@ def gradient_flow(
     """
     model, batch = prepare(model, batch)
     unlabeled = batch["labels"] < 0
-    with undisturbed(model):
+    with undisturbed(model), torch.enable_grad():
         features = embed_nodes(model, batch)
         graph = graph_gradients(model, batch, features, seed)
         paths = {RANKING: graph.ranked} if model.head is None else {FEATURE: graph.messages, RANKING: graph.ranked}

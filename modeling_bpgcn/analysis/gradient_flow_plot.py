@@ -9,7 +9,7 @@ from matplotlib.patches import Patch
 
 from .gradient_flow import FEATURE, RANKING, SHARED, GradientFlow
 from .gradient_verdict import FAULT, TRAINS
-from .plots import COLORS, INK, MUTED, RIGHT, UNKNOWN, WRONG, _figure, _save, _style
+from .plot_style import COLORS, INK, MUTED, RIGHT, UNKNOWN, WRONG, legend_above, new_figure, save_png, style_axes
 from .temperature_sweep import TemperatureSweep
 
 PATH_COLORS = {SHARED: UNKNOWN, FEATURE: COLORS[0], RANKING: COLORS[1]}
@@ -48,27 +48,15 @@ def plot_gradient_flow(flows: dict[str, GradientFlow], path: str | PathLike) -> 
     body, footer = STAGE_HEIGHT * len(names), 0.65 + LINE_HEIGHT * max(map(len, notes))
     width = 2 * MARGIN + LABEL_WIDTH + len(flows) * (PANEL_WIDTH + GAP) - GAP
     height = header + body + footer
-    figure = _figure(width, height)
+    figure = new_figure(width, height)
     handles = [Patch(color=color, label=name) for name, color in PATH_COLORS.items()]
     handles.append(Patch(color=WRONG, label="none: no gradient arrives"))
-    figure.legend(
-        handles=handles,
-        loc="upper left",
-        bbox_to_anchor=(MARGIN / width, 1 - 0.05 / height),
-        ncols=len(handles),
-        fontsize=8,
-        frameon=False,
-        labelcolor=MUTED,
-        borderaxespad=0,
-        handlelength=1.0,
-        handleheight=1.0,
-        columnspacing=1.4,
-    )
+    legend_above(figure, handles, MARGIN, len(handles))
     for column, (name, flow) in enumerate(flows.items()):
         left = MARGIN + LABEL_WIDTH + column * (PANEL_WIDTH + GAP)
         axes = figure.add_axes((left / width, footer / height, PANEL_WIDTH / width, body / height))
         _draw_flow(axes, flow, names, limits)
-        _style(axes, "", "norm of the loss's gradient")
+        style_axes(axes, "", "norm of the loss's gradient")
         axes.grid(visible=False, axis="y")
         axes.set_yticks(range(len(names)), names if column == 0 else [""] * len(names), color=INK)
         for y, lines, size, weight, color in (
@@ -78,7 +66,7 @@ def plot_gradient_flow(flows: dict[str, GradientFlow], path: str | PathLike) -> 
         ):
             text = {"fontsize": size, "fontweight": weight, "color": color, "va": "top", "linespacing": 1.3}
             figure.text(left / width, y / height, "\n".join(lines), **text)
-    return _save(figure, path)
+    return save_png(figure, path)
 
 
 def _stage_names(flows: dict[str, GradientFlow]) -> list[str]:
@@ -133,7 +121,7 @@ def plot_temperature_sweep(sweep: TemperatureSweep, path: str | PathLike) -> Fig
     Returns:
         `matplotlib.figure.Figure`: the figure: gradients, effective neighbors.
     """
-    figure = _figure(6.4, 5.6)
+    figure = new_figure(6.4, 5.6)
     norms, neighbors = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
     norms.plot(sweep.temperatures, sweep.feature_norms, color=PATH_COLORS[FEATURE], label=FEATURE)
     norms.plot(sweep.temperatures, sweep.ranking_norms, color=PATH_COLORS[RANKING], linewidth=1.9, label=RANKING)
@@ -146,10 +134,10 @@ def plot_temperature_sweep(sweep: TemperatureSweep, path: str | PathLike) -> Fig
     neighbors.plot(sweep.temperatures, sweep.effective_neighbors, color=COLORS[2], linewidth=1.9)
     neighbors.set_ylim(0, sweep.num_neighbors * 1.08)
     neighbors.set_xscale("log")
-    _style(norms, "Gradient norm at the features", "")
-    _style(neighbors, f"Effective number of neighbors, of {sweep.num_neighbors}", "temperature")
+    style_axes(norms, "Gradient norm at the features", "")
+    style_axes(neighbors, f"Effective number of neighbors, of {sweep.num_neighbors}", "temperature")
     for axes in (norms, neighbors):
         axes.axvline(sweep.current, color=MUTED, linewidth=1.0, linestyle=":", label=f"tau = {sweep.current:.3g}")
     norms.legend(fontsize=8, frameon=False, labelcolor=INK)
     figure.tight_layout(pad=1.2, h_pad=1.2)
-    return _save(figure, path)
+    return save_png(figure, path)

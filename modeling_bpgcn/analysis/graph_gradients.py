@@ -65,20 +65,6 @@ class GraphGradients:
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and gradients; modes and torch's random stream are afterwards as they were."""
-    modes = [(module, module.training) for module in model.modules()]
-    device = next(model.parameters()).device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.enable_grad():
-        model.eval()
-        try:
-            yield
-        finally:
-            for module, training in modes:
-                module.training = training
-
-
-@contextmanager
 def config_values(config, **values) -> Iterator[None]:
     """Other values in a config, for a while."""
     before = {name: getattr(config, name) for name in values}

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..label_embedding import run_head
 from ..modeling_bpgcn import BPGCNForImageClassification
 from ..objectives import known_classes
 from ..ranking import Ranking, soft_topk
@@ -166,12 +167,11 @@ def removal_influence(
         bank = model.support_bank
         nearest = _Rows.of_queries(model, query, node_ids)
         support = _Rows.widen(model, model.bpgcn.rank(bank.features, bank.ids), bank.features, bank.ids)
-        symmetrized = model.config.graph_symmetrization != "none"
         edge, support_edge = nearest.leaf(model.config), support.leaf(model.config)
         known = known_classes(bank.classes, model.config.num_labels, edge.dtype).requires_grad_()
         ranking = Ranking(support.indices, support_edge)
         graph = model._graph(ranking)
-        states = [] if model.head is None else model.head(bank.features.to(model.dtype), graph)[1]
+        _, states = run_head(model.head, bank.features.to(model.dtype), graph, known=known)
         _, propagated = model.label_propagation(model._label_graph(ranking), known)
         logits = _answer(model, query, Ranking(nearest.indices, edge), graph.degree, states, propagated)
         given = Ranking(nearest.indices, nearest.weights), bank.degree, bank.states, bank.propagated
@@ -185,7 +185,7 @@ def removal_influence(
                     neighbors = rows.indices[:, : rows.num_neighbors]
                     scores[i].index_add_(0, neighbors.flatten(), rows.change(slope).flatten())
                 scores[i] -= (by_class * known).sum(-1)
-                if symmetrized:  # other images read this one over the edges of its own row, too
+                if model.config.graph_symmetrization != "none":  # others read this one over its own row's edges, too
                     scores[i] -= (by_support_edge * support.weights).sum(-1)
         return scores
 

@@ -5,18 +5,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from os import PathLike
-from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-RIGHT, WRONG, UNKNOWN = "#2a9d5c", "#d1495b", "#9aa0a6"
-INK, MUTED, GRID = "#22262b", "#6b7280", "#e3e6ea"
-COLORS = ("#2f6fb7", "#e08a1e", "#2a9d5c", "#8e5bb5", "#d1495b", "#4aa8a8", "#9a6b3f")
+from .plot_style import COLORS, GRID, INK, MUTED, RIGHT, UNKNOWN, WRONG, legend_above, new_figure, save_png, style_axes
+
 UNLABELED = -100
 GREY_MODES = {"1", "L", "I", "I;16", "F"}  # PIL's; the others are drawn in color
 SMALL_IMAGE = 48  # pixels below which every pixel is shown as a square
@@ -33,8 +30,11 @@ PANELS = (
             "head_loss": "head loss",
             "propagation_loss": "propagation loss",
             "neighborhood_loss": "neighborhood loss",
+            "average_precision_loss": "average precision loss",
             "consistency_loss": "consistency loss",
             "propagation_consistency_loss": "propagation consistency loss",
+            "gradient_penalty": "gradient penalty",
+            "sam_loss": "training, perturbed by SAM",
         },
     ),
     ("Accuracy", False, {"eval_accuracy": "inductive", "eval_transductive_accuracy": "transductive"}),
@@ -55,22 +55,11 @@ THIN = {
     "head loss",
     "propagation loss",
     "neighborhood loss",
+    "average precision loss",
     "consistency loss",
     "propagation consistency loss",
+    "gradient penalty",
 }  # parts of the training loss, behind their sum
-
-
-def _figure(width: float, height: float) -> Figure:
-    """A figure of its own, without pyplot's global state."""
-    figure = Figure(figsize=(width, height), facecolor="white")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _save(figure: Figure, path: str | PathLike) -> Figure:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png", dpi=120)
-    return figure
 
 
 def _series(log_history: Sequence[dict], key: str) -> tuple[list[float], list[float]]:
@@ -96,20 +85,10 @@ def _draw_panel(axes: Axes, title: str, logarithmic: bool, curves: dict[str, tup
         axes.set_yscale("log", nonpositive="mask")  # a schedule that ends at 0 ends at the axis
         # A schedule's last steps would stretch the axis over ten decades.
         axes.set_ylim(bottom=max(min(positive) / 1.5, max(positive) * 1e-5))
-    _style(axes, title, "step")
+    style_axes(axes, title, "step")
     if len(curves) > 1:
-        axes.legend(fontsize=8, frameon=False, labelcolor=INK)
-
-
-def _style(axes: Axes, title: str, x_label: str) -> None:
-    axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK)
-    axes.set_xlabel(x_label, fontsize=9, color=MUTED)
-    axes.tick_params(which="both", labelsize=8, colors=MUTED, length=0)
-    axes.grid(color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    for side in ("top", "right", "left", "bottom"):
-        axes.spines[side].set_visible(side == "bottom")
-        axes.spines[side].set_color(GRID)
+        small = {"fontsize": 6.5, "labelspacing": 0.25} if len(curves) > 6 else {"fontsize": 8}
+        axes.legend(frameon=False, labelcolor=INK, **small)
 
 
 def plot_training_curves(log_history: Sequence[dict], path: str | PathLike) -> Figure:
@@ -143,13 +122,13 @@ def plot_training_curves(log_history: Sequence[dict], path: str | PathLike) -> F
     columns = min((3, 4), key=lambda width: -len(panels) % width) if len(panels) > 3 else len(panels)
     rows = math.ceil(len(panels) / columns)
     last_step = max(step for _, _, curves in panels for steps, _ in curves.values() for step in steps)
-    figure = _figure(4.1 * columns, 3.0 * rows)
+    figure = new_figure(4.1 * columns, 3.0 * rows)
     for position, panel in enumerate(panels, start=1):
         axes = figure.add_subplot(rows, columns, position)
         _draw_panel(axes, *panel)
         axes.set_xlim(0, last_step * 1.02)
     figure.tight_layout(pad=1.2, w_pad=2.0, h_pad=1.6)
-    return _save(figure, path)
+    return save_png(figure, path)
 
 
 @dataclass
@@ -203,24 +182,12 @@ def _draw_image(axes: Axes, image: Image.Image | np.ndarray, frame: str, frame_w
         spine.set(color=frame, linewidth=frame_width)
 
 
-def _draw_legend(figure: Figure, width: float, height: float) -> None:
+def _draw_legend(figure: Figure) -> None:
     entries = ((RIGHT, "same class, right answer"), (WRONG, "other class, wrong answer"), (UNKNOWN, "class unknown"))
-    handles = [Rectangle((0, 0), 1, 1, facecolor="white", edgecolor=color, linewidth=2) for color, _ in entries]
-    figure.legend(
-        handles,
-        [text for _, text in entries],
-        loc="upper left",
-        bbox_to_anchor=(MARGIN / width, 1 - 0.04 / height),
-        borderaxespad=0,
-        borderpad=0.3,
-        ncols=len(entries) if width > 6 else 1,
-        fontsize=8,
-        frameon=False,
-        labelcolor=MUTED,
-        handlelength=1.0,
-        handleheight=1.0,
-        columnspacing=1.6,
-    )
+    handles = [
+        Rectangle((0, 0), 1, 1, facecolor="white", edgecolor=color, linewidth=2, label=text) for color, text in entries
+    ]
+    legend_above(figure, handles, MARGIN, len(entries) if figure.get_figwidth() > 6 else 1)
 
 
 def _agreement(candidate: int, label: int) -> str:
@@ -269,8 +236,8 @@ def plot_neighbors(
     width = max(first_neighbor + shown * (NEIGHBOR_SIZE + NEIGHBOR_GAP) - NEIGHBOR_GAP + MARGIN, 3.0)
     header = 0.42 if width > 6 else 0.85
     height = header + len(queries) * ROW_HEIGHT
-    figure = _figure(width, height)
-    _draw_legend(figure, width, height)
+    figure = new_figure(width, height)
+    _draw_legend(figure)
 
     for row, query in enumerate(queries):
         top = height - header - row * ROW_HEIGHT - 0.2  # inches from the bottom, below the titles
@@ -294,4 +261,4 @@ def plot_neighbors(
             axes.add_patch(Rectangle((0, -0.14), 1, 0.07, facecolor=GRID, linewidth=0, **below))
             axes.add_patch(Rectangle((0, -0.14), weight / heaviest, 0.07, facecolor=frame, linewidth=0, **below))
             axes.text(0.5, -0.18, f"{weight:.3f}", ha="center", va="top", fontsize=8, color=MUTED, **below)
-    return _save(figure, path)
+    return save_png(figure, path)

@@ -11,7 +11,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from ..modeling_bpgcn import BPGCNForImageClassification
-from .graph_gradients import config_values, embed_nodes, graph_gradients, prepare, temperature_of, undisturbed
+from .graph_gradients import config_values, embed_nodes, graph_gradients, prepare, temperature_of
+from .undisturbed import undisturbed
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def temperature_sweep(
         raise ValueError(f"temperatures={list(temperatures)} must be numbers above 0, at least one.")
     model, batch = prepare(model, batch)
     found = []
-    with undisturbed(model):
+    with undisturbed(model), torch.enable_grad():
         features = embed_nodes(model, batch).detach().requires_grad_()
         current = temperature_of(model)
         for tau in temperatures:

@@ -2,14 +2,16 @@
 
 import argparse
 import csv
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from huggingface_hub.utils import tqdm
 from torch import Tensor
 
 from ..modeling_bpgcn import BPGCNForImageClassification
+from ..training.thumbnails import THUMBNAILS_FILE, Thumbnails, open_thumbnail, read_thumbnails, write_thumbnails
 from .image_files import ImageFile, ImageReader, find_images
 from .model_options import UNKNOWN, add_model_options, class_numbers, load_model, reader_options
 from .support_files import read_support_files, write_support_files
@@ -34,6 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
         labels = support_labels(files, options.labels)
         classes = class_numbers(labels, model.config, options.labels or f"IMAGES {' '.join(options.images)}")
         held = read_support_files(model, options.model, options.revision) if options.add else {}
+        thumbnails = read_thumbnails(options.model, model, options.revision) if options.add else Thumbnails({})
         paths = [file.path for file in files]
         rows = [{"path": path, "bytes": None} for path in paths]
         reader = ImageReader(rows, paths, processor, model.device, **reader_options(options))
@@ -46,8 +49,9 @@ def main(arguments: list[str] | None = None) -> None:
         ids = model.add_support(features=features, classes=classes.to(model.device), image_processor=processor)
         model.save_pretrained(options.output)
         processor.save_pretrained(options.output)
-        added = {id_: files[row].name for id_, row in zip(ids.tolist(), read, strict=True)}
-        write_support_files(options.output, model, held | added)
+        added = {id_: files[row] for id_, row in zip(ids.tolist(), read, strict=True)}
+        write_support_files(options.output, model, held | {id_: file.name for id_, file in added.items()})
+        keep_thumbnails(options, model.support_bank.ids.tolist(), thumbnails, added)
     except (OSError, ValueError) as error:
         parser.error(str(error))
     known = classes[classes != UNKNOWN]
@@ -75,7 +79,27 @@ def _parser() -> ArgumentParser:
         help="CSV with the columns file and class (empty: unknown), instead of sub-folders. A file is named by its path"
         " below its folder, or as IMAGES name it; one that is not in the table has no class.",
     )
+    parser.add_argument(
+        "--thumbnails",
+        action="store_true",
+        help="Save small pictures of the images beside the model, some 5 kB each, so that the demo can show them.",
+    )
     return parser
+
+
+def keep_thumbnails(options: Namespace, ids: list[int], held: Thumbnails, added: dict[int, ImageFile]) -> None:
+    """Write a table of the pictures held before and, if asked for, of the added files, for the bank's ids; without any,
+    remove the table of an earlier bank."""
+    if not options.thumbnails:
+        added = {}
+    if not held and not added:
+        (Path(options.output) / THUMBNAILS_FILE).unlink(missing_ok=True)
+        return
+    images = (
+        open_thumbnail({"path": added[id_].path, "bytes": None}) if id_ in added else held.file(id_)
+        for id_ in tqdm(ids, desc="thumbnails", disable=options.disable_tqdm)
+    )
+    write_thumbnails(options.output, ids, images)
 
 
 def support_labels(files: Sequence[ImageFile], table: str | None) -> list[str | None]:

@@ -14,9 +14,9 @@ from ..analysis.gradient_flow_plot import plot_gradient_flow, plot_temperature_s
 from ..analysis.temperature_sweep import temperature_sweep
 from ..configuration_bpgcn import BPGCNConfig
 from ..modeling_bpgcn import BPGCNForImageClassification
-from ..training.arguments import ModelArguments
 from ..training.data import DataArguments, load_image_data
 from ..training.images import build_image_processor, image_transform
+from ..training.model_arguments import ModelArguments
 from ..training.sampler import MixedBatchSampler
 
 FLOW_PICTURE, SWEEP_PICTURE = "gradient_flow.png", "temperature_sweep.png"

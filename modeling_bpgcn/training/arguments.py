@@ -3,17 +3,20 @@
 import dataclasses
 import difflib
 import sys
-from dataclasses import MISSING, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from ..configuration_bpgcn import CHOICES, BPGCNConfig
 from .data import DataArguments
+from .model_arguments import ModelArguments
 from .prefix_cache import DTYPES
 from .sharpness import check_sharpness
+from .support_apart import check_support
+from .view_consistency import check_views
+from .weight_averaging import check_averaging
 
 TEMPERATURE_SCHEDULES = ("constant", "linear", "cosine", "learned")
 BASELINES = ("none", "frozen", "all")
@@ -90,6 +93,29 @@ class BPGCNTrainingArguments(TrainingArguments):
     gradient_norm_penalty: float = field(
         default=0.0, metadata={"help": "Weight of the squared norm of the loss's own gradient for the features."}
     )
+    ema_decay: float = field(
+        default=0.0, metadata={"help": "Evaluate and save a moving average of the weights with this decay (0: none)."}
+    )
+    support_fraction: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of each batch that plays the support bank: the other images are ranked against it alone, are"
+            " nobody's neighbours, and only they are asked (0: all images are each other's neighbours)."
+        },
+    )
+    view_loss_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of the divergence between the answers to two views of an unlabelled image (0: none)."
+        },
+    )
+    view_token_dropout: float = field(
+        default=0.5, metadata={"help": "Share of the patch tokens that the second view lacks; from a prefix cache."}
+    )
+    push_thumbnails: bool = field(
+        default=False,
+        metadata={"help": "With the model, publish small pictures of its support images, which are training images."},
+    )
     labeled_batch_fraction: float | None = field(
         default=None, metadata={"help": "Share of labelled images in each batch; plain shuffled batches unless given."}
     )
@@ -148,6 +174,9 @@ class BPGCNTrainingArguments(TrainingArguments):
             )
         self._check_graph()
         check_sharpness(self)
+        check_support(self)
+        check_averaging(self)
+        check_views(self)
         if self.early_stopping_patience is not None and not self.load_best_model_at_end:
             raise ValueError("early_stopping_patience needs load_best_model_at_end true and an eval_strategy.")
 
@@ -182,53 +211,7 @@ class BPGCNTrainingArguments(TrainingArguments):
         self.ddp_find_unused_parameters = False
 
 
-def _model_arguments() -> type:
-    """A dataclass of the config's own fields, so that each is declared once."""
-    fixed = {"backbone_config", "bank_size", "bank_fingerprint", "learn_temperature"}
-    fields = [
-        (
-            "backbone",
-            str | None,
-            field(default=None, metadata={"help": "Pretrained backbone: a folder or a Hub name."}),
-        ),
-        (
-            "backbone_revision",
-            str | None,
-            field(default=None, metadata={"help": "Revision of the backbone on the Hub."}),
-        ),
-        (
-            "backbone_config",
-            dict | None,
-            field(default=None, metadata={"help": "Backbone to train from scratch (YAML)."}),
-        ),
-        ("lora_rank", int | None, field(default=None, metadata={"help": "Train LoRA adapters of this rank."})),
-        ("lora_alpha", float, field(default=16.0, metadata={"help": "Scale of the LoRA adapters."})),
-        ("lora_dropout", float, field(default=0.0, metadata={"help": "Dropout of the LoRA adapters."})),
-        (
-            "lora_target_modules",
-            list[str],
-            field(
-                default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"],
-                metadata={"help": "Names of the backbone's layers that get adapters."},
-            ),
-        ),
-    ]
-    for entry in dataclasses.fields(BPGCNConfig):
-        own = entry.name in BPGCNConfig.__annotations__ and entry.name not in fixed and entry.default is not MISSING
-        if own:
-            choices = {"choices": CHOICES[entry.name]} if entry.name in CHOICES else {}
-            help_text = f"See BPGCNConfig.{entry.name}."
-            fields.append(
-                (entry.name, entry.type, field(default=entry.default, metadata={"help": help_text, **choices}))
-            )
-    made = dataclasses.make_dataclass("ModelArguments", fields, namespace={"__module__": __name__})
-    made.__doc__ = "The backbone, LoRA, and the fields of `BPGCNConfig`."
-    return made
-
-
-ModelArguments = _model_arguments()
 ARGUMENTS = (ModelArguments, DataArguments, BPGCNTrainingArguments)
-CONFIG_FIELDS = [f.name for f in dataclasses.fields(ModelArguments) if f.name in BPGCNConfig.__annotations__]
 
 
 def parse_arguments(arguments: list[str] | None = None) -> tuple:

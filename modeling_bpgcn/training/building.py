@@ -8,8 +8,9 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from ..configuration_bpgcn import BPGCNConfig
 from ..modeling_bpgcn import BPGCNForImageClassification
-from .arguments import CONFIG_FIELDS, BPGCNTrainingArguments
+from .arguments import BPGCNTrainingArguments
 from .images import build_image_processor
+from .model_arguments import CONFIG_FIELDS
 
 
 def read_backbone_config(arguments):

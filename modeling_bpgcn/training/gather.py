@@ -4,6 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.parallel import DistributedDataParallel
 
 # what both gloo and NCCL exchange
 DTYPES = (
@@ -34,6 +35,13 @@ def gather_rows(x: Tensor) -> Tensor:
     """
     sizes = gather_sizes(x)
     return x if len(sizes) == 1 else _GatherRows.apply(x, sizes)
+
+
+def touch(model) -> Tensor | None:
+    """0 with a gradient of 0 for every parameter, where the exchange between processes waits for each of them."""
+    if not isinstance(model, DistributedDataParallel):
+        return None
+    return sum(p.flatten()[:0].sum() for p in model.parameters() if p.requires_grad)
 
 
 def gather_sizes(x: Tensor) -> list[int]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+import datasets
 import torch
 from torch.utils.data import DataLoader, Dataset
 from transformers.trainer_utils import seed_worker
@@ -9,6 +10,21 @@ from transformers.trainer_utils import seed_worker
 from .arguments import BPGCNTrainingArguments
 from .gradient_cache import WholeSet
 from .sampler import MixedBatchSampler, ProcessShare, RepeatableRows
+
+
+def read_classes(args: BPGCNTrainingArguments, dataset: Dataset) -> Sequence[int]:
+    """The class of each image from the data set's labels; 0 for all where nobody needs to know.
+
+    Raises:
+        ValueError: for batches of labelled and other images from a data set that does not say which is which.
+    """
+    if isinstance(dataset, datasets.Dataset):
+        for column in ("labels", "label"):
+            if column in dataset.column_names:
+                return dataset.with_format(None)[column]
+    if args.labeled_batch_fraction is not None:
+        raise ValueError("labeled_batch_fraction needs to know which images are labelled: pass train_classes.")
+    return [0] * len(dataset)
 
 
 def graph_sampler(args: BPGCNTrainingArguments, classes: Sequence[int], batch_size: int) -> MixedBatchSampler:

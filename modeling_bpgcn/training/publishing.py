@@ -6,6 +6,8 @@ from pathlib import Path
 from huggingface_hub import CommitInfo, HfApi
 from transformers import Trainer, TrainingArguments
 
+from .thumbnails import THUMBNAILS_FILE
+
 # What others need, and no more: no pickle, no optimizer, no second copy of the weights, and nothing that tells of this
 # machine's folders (Trainer's arguments and state, the recipe).
 PUBLISHED = [
@@ -38,8 +40,9 @@ def publish(
     private: bool | None = None,
     **card,
 ) -> CommitInfo | Future | None:
-    """Save the model and upload it with its code, bank, processor, card and pictures; arguments and errors as in
-    `Trainer.push_to_hub`. Every process calls it, the first one uploads; the others return None."""
+    """Save the model and upload it with its code, bank, processor, card and pictures, those of its support images only
+    where `push_thumbnails` says so; arguments and errors as in `Trainer.push_to_hub`. Every process calls it, the first
+    one uploads; the others return None."""
     arguments, folder = trainer.args, Path(trainer.args.output_dir)
     token = token or arguments.hub_token
     if trainer.hub_model_id is None:
@@ -59,6 +62,6 @@ def publish(
         token=token,
         revision=revision or arguments.hub_revision,
         run_as_future=not blocking,
-        allow_patterns=PUBLISHED,
+        allow_patterns=PUBLISHED + [THUMBNAILS_FILE] * arguments.push_thumbnails,
         ignore_patterns=["*/*"],  # a pattern's star also spans folders
     )

@@ -12,6 +12,7 @@ from .data import DataArguments, ImageData
 from .images import to_rgb
 from .model_card import write_model_card
 from .run_folder import RECIPE_FILE
+from .thumbnails import open_thumbnail, write_thumbnails
 from .trainer import BPGCNTrainer
 
 COLUMNS = {
@@ -21,6 +22,7 @@ COLUMNS = {
     "neighbor_homophily": ("homophily", 100),
 }
 NUM_PICTURED = 6
+MAX_THUMBNAILS = 10_000  # support images; of more, some 5 kB each, no pictures are kept
 
 
 def own_results(metrics: dict[str, float], prefix: str = "test_") -> list[dict]:
@@ -87,6 +89,16 @@ def _pick(answers: Tensor, labels: Tensor) -> list[int]:
     return (wrong + right)[:NUM_PICTURED]
 
 
+def keep_thumbnails(ids: list[int], data: ImageData, folder: Path) -> None:
+    """Write thumbnails of the support images of these ids beside the model, unless they are more than
+    `MAX_THUMBNAILS`."""
+    if len(ids) > MAX_THUMBNAILS:
+        return
+    files = data.train.with_format("arrow")  # encoded
+    place = {node: row for row, node in enumerate(data.train["node_id"])}
+    write_thumbnails(folder, ids, (open_thumbnail(files[place[id_]]["image"][0].as_py()) for id_ in ids))
+
+
 def write_report(
     trainer: BPGCNTrainer,
     data: ImageData,
@@ -96,10 +108,12 @@ def write_report(
     settings: dict,
     backbone: str | None,
 ) -> None:
-    """Write results.json, neighbors.png, an example image and the model card, and print the table and what is next."""
+    """Write results.json, neighbors.png, thumbnails, an example image and the model card, and print the table and what
+    is next."""
     folder = Path(trainer.args.output_dir)
     (folder / "results.json").write_text(json.dumps(results, indent=2))
     draw_neighbors(trainer, data, transform, folder / "neighbors.png")
+    keep_thumbnails(trainer.bpgcn.support_bank.ids.tolist(), data, folder)
     to_rgb(data.test[0]["image"]).save(folder / "example.png")
     labeled = sum(label >= 0 for label in data.train["label"])
     graph = (

@@ -6,11 +6,9 @@ from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
 
-import datasets
 import torch
 from peft import PeftModel
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback
 from transformers.utils import logging
@@ -19,13 +17,12 @@ from ..ranking import Ranking
 from .adapters import name_base, save_run
 from .arguments import BPGCNTrainingArguments
 from .callbacks import CurvesCallback, SamplerEpoch, TemperatureSchedule
-from .evaluation import BankEvaluator
 from .feature_memory import FeatureMemory
 from .freezing import freeze_by_pattern, split_groups, train_last_blocks
-from .gather import gather_rows
+from .gather import gather_rows, touch
 from .gradient_cache import GradientCache, WholeSet, split_rows
 from .gradient_flow_callback import GradientFlowCallback
-from .loading import graph_sampler, training_loader
+from .loading import graph_sampler, read_classes, training_loader
 from .prefix_cache import cache_prefix
 from .publishing import check_hub_strategy, publish
 from .random_state import get_random_state, seeded, set_random_state
@@ -33,9 +30,12 @@ from .run_folder import explained_writing
 from .sharded_ranking import rank_ring, rank_rows
 from .sharpness import check_sharpness_runs, gradient_penalty, perturbed
 from .statistics import StepStatistics
+from .support_apart import check_support_graph, set_support_apart
+from .view_consistency import view_loss
+from .weight_averaging import AveragingTrainer
 
 
-class BPGCNTrainer(BankEvaluator):
+class BPGCNTrainer(AveragingTrainer):
     """`Trainer` for `BPGCNForImageClassification`; with several processes, one graph spans what all of them embed.
 
     Rows of its data sets are `pixel_values`, `labels` (-100 unknown) and `node_ids`. Evaluation embeds the support
@@ -68,6 +68,7 @@ class BPGCNTrainer(BankEvaluator):
                 f"temperature_schedule={args.temperature_schedule!r} but the model has learn_temperature="
                 f"{config.learn_temperature}: they must agree."
             )
+        check_support_graph(args, config.graph_symmetrization)
         super().__init__(model, args, **kwargs)
         check_sharpness_runs(self)
         if self.compute_metrics is None:
@@ -92,7 +93,8 @@ class BPGCNTrainer(BankEvaluator):
         """This process's part of the batches of `MixedBatchSampler`: their make-up is that of the graph."""
         if self.train_dataset is None:
             raise ValueError("Training needs a train_dataset.")
-        sampler = graph_sampler(self.args, self._read_classes(), self._train_batch_size)
+        classes = read_classes(self.args, self.train_dataset) if self.train_classes is None else self.train_classes
+        sampler = graph_sampler(self.args, classes, self._train_batch_size)
         self.pop_callback(SamplerEpoch)
         self.add_callback(SamplerEpoch(sampler))
         return training_loader(self.args, self._training_rows(), sampler, self._train_batch_size, self.data_collator)
@@ -111,17 +113,6 @@ class BPGCNTrainer(BankEvaluator):
             num_workers=args.dataloader_num_workers,
             progress=not args.disable_tqdm,
         )
-
-    def _read_classes(self) -> Sequence[int]:
-        if self.train_classes is not None:
-            return self.train_classes
-        if isinstance(self.train_dataset, datasets.Dataset):
-            for column in ("labels", "label"):
-                if column in self.train_dataset.column_names:
-                    return self.train_dataset.with_format(None)[column]
-        if self.args.labeled_batch_fraction is not None:
-            raise ValueError("labeled_batch_fraction needs to know which images are labelled: pass train_classes.")
-        return [0] * len(self.train_dataset)
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """The optimizer of `Trainer`, with a learning rate for the backbone, the head and the temperature."""
@@ -163,7 +154,7 @@ class BPGCNTrainer(BankEvaluator):
         with no_sync() if again else contextlib.nullcontext():
             loss = super().training_step(model, inputs, num_items_in_batch)
         if again:
-            cache.backward(inputs["features"].grad, no_sync, partial(_touch, model))
+            cache.backward(inputs["features"].grad, no_sync, partial(touch, model))
         if not trains:  # an exchange between processes leaves gradients of 0, under which weights would decay
             for parameter in self.bpgcn.bpgcn.backbone.parameters():
                 parameter.grad = None
@@ -199,18 +190,27 @@ class BPGCNTrainer(BankEvaluator):
         # by a hook on the model itself: DDP hands on copies of its outputs, which no gradient passes
         noise, penalty = self._graph_noise(), gradient_penalty(self.bpgcn, self.args.gradient_norm_penalty)
         with noise, penalty, self.bpgcn.register_forward_hook(self._statistics.watch_paths):
+            graph, asked = set_support_apart(graph, asked, self.args.support_fraction)
             outputs = model(
                 **graph,
                 num_context=len(graph["labels"]) - asked,
+                support_apart=self.args.support_fraction > 0,
                 ranking=self._sharded_ranking(local),
                 output_path_features=True,
             )
+        loss = outputs.loss
+        if self.args.view_loss_weight:
+            noise = seeded((self.args.seed, *self._micro_step, 1), self.args.device)
+            embed, share = partial(self._features, model), self.args.view_token_dropout
+            consistency = view_loss(model, inputs, nodes, embed, noise, share, self.bpgcn.config)
+            self._statistics.add("view_loss", consistency)
+            loss = loss + self.args.view_loss_weight * consistency
         self._statistics.add_ranking(outputs.neighbor_indices, outputs.neighbor_weights, graph["labels"], asked)
         self._statistics.update(outputs.loss_parts)
         if self.bpgcn.config.learn_temperature:
             self._statistics.add("temperature", self.bpgcn.bpgcn.ranking_temperature())
-        touched = _touch(model)
-        loss = outputs.loss if touched is None else outputs.loss + touched
+        touched = touch(model)
+        loss = loss if touched is None else loss + touched
         return (loss, outputs) if return_outputs else loss
 
     def _sharded_ranking(self, local: dict[str, Tensor]) -> Ranking | None:
@@ -288,10 +288,3 @@ class BPGCNTrainer(BankEvaluator):
         super()._load_rng_state(checkpoint)
         if self._memory is not None and checkpoint is not None:
             self._memory.load(checkpoint, self.args.device)
-
-
-def _touch(model) -> Tensor | None:
-    """0 with a gradient of 0 for every parameter, where the exchange between processes waits for each of them."""
-    if not isinstance(model, DistributedDataParallel):
-        return None
-    return sum(p.flatten()[:0].sum() for p in model.parameters() if p.requires_grad)

@@ -206,7 +206,8 @@ def test_the_standard_basis_as_probes_gives_the_trace(known):
     assert trace(hessian, probes=probes).value == pytest.approx(float(matrix.trace()), rel=1e-9, abs=1e-10)
     # as does any orthogonal basis, of whatever length
     turned = 3 * torch.linalg.qr(torch.randn_like(probes)).Q
-    assert trace(hessian, probes=turned).value == pytest.approx(float(matrix.trace()), rel=1e-9, abs=1e-10)
+    found = trace(quadratic(matrix), probes=turned)
+    assert found.value == pytest.approx(float(matrix.trace()), rel=1e-9, abs=1e-10)
 
 
 @pytest.mark.parametrize("sketch_size", [0, 10])
@@ -216,8 +217,8 @@ def test_random_probes_are_within_three_standard_errors(known, sketch_size):
     assert found.num_products == 50 + 2 * sketch_size
     assert 0 < found.standard_error < 0.2 * matrix.abs().sum()
     assert abs(found.value - float(matrix.trace())) < 3 * found.standard_error
-    assert found == trace(hessian, 50, sketch_size=sketch_size, seed=1)
-    assert found != trace(hessian, 50, sketch_size=sketch_size, seed=2)
+    few = [trace(hessian, 5, sketch_size=sketch_size, seed=seed) for seed in (1, 1, 2)]
+    assert few[0] == few[1] != few[2]
 
 
 @pytest.mark.parametrize("sketch_size", [0, 3])

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import yaml
 
 from modeling_bpgcn.analysis.evidence_cells import cell_key, read_cells
@@ -24,6 +25,7 @@ def command(folder: Path) -> list[str]:
     return [sys.executable, str(ROOT / "benchmarks/evidence.py"), *map(str, paths), *options]
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_stopped_and_reports(tmp_path):
     write_images(tmp_path / "images")
     write_backbone(tmp_path / "backbone")

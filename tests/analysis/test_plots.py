@@ -87,6 +87,15 @@ def test_every_part_of_the_objective_has_a_thin_curve_in_a_color_of_its_own(tmp_
     assert max(lines[part.replace("_", " ")].get_linewidth() for part in parts) < lines["training"].get_linewidth()
 
 
+def test_penalty_and_perturbed_loss_are_drawn_where_they_are_logged(tmp_path):
+    history = [{"step": step, "loss": 2.0, "gradient_penalty": 0.3, "sam_loss": 2.2} for step in (1, 2)]
+    lines = {line.get_label(): line for line in plot_training_curves(history, tmp_path / "curves.png").axes[0].lines}
+    assert lines["gradient penalty"].get_ydata().tolist() == [0.3, 0.3]
+    assert lines["training, perturbed by SAM"].get_ydata().tolist() == [2.2, 2.2]
+    assert lines["gradient penalty"].get_linewidth() < lines["training"].get_linewidth()  # a part of it
+    assert len({line.get_color() for line in lines.values()}) == 3
+
+
 def test_panels_without_data_are_left_out(tmp_path):
     history = [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}, {"step": 2, "eval_accuracy": 0.5}]
     assert _titles(plot_training_curves(history, tmp_path / "curves.png")) == ["Loss", "Accuracy"]

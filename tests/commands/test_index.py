@@ -6,11 +6,13 @@ import shutil
 
 import pytest
 import torch
+from PIL import Image
 
 from modeling_bpgcn import BPGCNForImageClassification
 from modeling_bpgcn.commands.index import main
 from modeling_bpgcn.commands.predict import main as predict
 from modeling_bpgcn.commands.support_files import SUPPORT_FILES
+from modeling_bpgcn.training.thumbnails import read_thumbnails
 
 
 @pytest.fixture
@@ -147,3 +149,21 @@ def test_nothing_is_saved_where_no_image_can_be_read(run, empty_model, tmp_path)
     assert (status, out) == (1, "")
     assert "missing: No such file" in err
     assert not (tmp_path / "new").exists()
+
+
+def test_thumbnails_are_kept_beside_the_bank_they_are_of(run, empty_model, few, pictures, tmp_path):
+    one, two, three = (tmp_path / name for name in ("one", "two", "three"))
+    assert run(main, empty_model, few, "--output", one, "--thumbnails")[0] == 0
+    more = pictures / "class 0" / "1?.png"
+    assert run(main, one, more, "--add", "--output", two, "--thumbnails")[0] == 0
+    assert run(main, one, more, "--add", "--output", three)[0] == 0
+    expected = [few / f"class {label}" / f"{number}.png" for label in range(3) for number in range(10)]
+    expected += [pictures / "class 0" / f"{number}.png" for number in range(10, 20)]
+    for folder, count in ((one, 30), (two, 40), (three, 30)):
+        found = read_thumbnails(str(folder), BPGCNForImageClassification.from_pretrained(folder))
+        assert list(found) == list(range(count))
+        for id_, path in enumerate(expected[:count]):
+            with Image.open(path) as image:
+                assert found[id_].tobytes() == image.tobytes()
+    assert run(main, one, few / "class 1", few / "class 0", "--output", one, "--overwrite")[0] == 0
+    assert read_thumbnails(str(one), BPGCNForImageClassification.from_pretrained(one)) == {}  # they were of others

@@ -1,15 +1,14 @@
 """FSDP2 on two processes trains as one process without it, and what it saves is an ordinary model."""
 
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForImageClassification
 
+from tests.distributed.launch import LAUNCHER, launched
 from tests.distributed.test_scopes import assert_trained_as_one, five_steps
-from tests.distributed.test_two_processes import LAUNCHER
-from tests.training_factory import ROOT, digit_trainer, script_environment
+from tests.training_factory import digit_trainer
 
 FSDP_LAUNCHER = (
     *LAUNCHER[:2],
@@ -66,19 +65,8 @@ torch.distributed.destroy_process_group()
 def sharded(tmp_path_factory) -> tuple[Path, list[dict]]:
     """The saved model, and what each of two processes found."""
     folder = tmp_path_factory.mktemp("fsdp")
-    script = folder / "sharded.py"
-    script.write_text(SCRIPT)
-    done = subprocess.run(
-        [*FSDP_LAUNCHER, str(script), str(folder)],
-        cwd=ROOT,
-        env=script_environment() | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return folder / "model", [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
+    found = launched(SCRIPT, folder, launcher=FSDP_LAUNCHER)
+    return folder / "model", found
 
 
 @pytest.mark.parametrize("name", CASES)

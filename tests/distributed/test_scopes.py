@@ -1,15 +1,16 @@
 """One process and two compute the same: losses, gradients and weights over five optimizer steps, in every scope."""
 
-import subprocess
+from collections.abc import Callable
+from functools import cache
 
 import pytest
 import torch
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
-from tests.distributed.test_two_processes import LAUNCHER
+from tests.distributed.launch import launched
 from tests.model_factory import tiny_backbone
-from tests.training_factory import ROOT, digit_trainer, digits, logged, script_environment, tiny_digit_model
+from tests.training_factory import digit_trainer, digits, logged, tiny_digit_model
 
 COMMON = {"max_steps": 5, "weight_decay": 0.05, "lr_scheduler_type": "constant", "augmentation": "none"}
 # per_device_train_batch_size is that of one process; 45 images in one batch, or all 45, divide unevenly over two
@@ -82,15 +83,30 @@ CASES = {
         "temperature_schedule": "learned",
     },
 }
+# what others combine
+SLOW = (
+    "batch, mixed",
+    "batch, chunks",
+    "batch, accumulated",
+    "batch, rows",
+    "batch, ring",
+    "batch, head first",
+    "memory",
+    "batch, SAM and penalty",
+    "memory, SAM and penalty",
+    "full",
+    "full, rows",
+)
+QUICK = tuple(name for name in CASES if name not in SLOW)
 
 SCRIPT = """
 import sys
 import torch
-from transformers import TrainerCallback
-from tests.distributed.test_scopes import CASES, five_steps
+from tests.distributed.test_scopes import five_steps
 
-found = {name: five_steps(f"{sys.argv[1]}/{number}", name, processes=2) for number, name in enumerate(CASES)}
-torch.save(found, f"{sys.argv[1]}/rank{torch.distributed.get_rank()}.pt")
+folder, *names = sys.argv[1:]
+found = {name: five_steps(f"{folder}/{number}", name, processes=2) for number, name in enumerate(names)}
+torch.save(found, f"{folder}/rank{torch.distributed.get_rank()}.pt")
 torch.distributed.destroy_process_group()
 """
 
@@ -145,26 +161,18 @@ def assert_trained_as_one(found: dict, expected: dict) -> None:
 
 
 @pytest.fixture(scope="module")
-def two_processes(tmp_path_factory) -> list[dict]:
-    """What each of two processes found in each case."""
-    folder = tmp_path_factory.mktemp("scopes")
-    script = folder / "scopes.py"
-    script.write_text(SCRIPT)
-    done = subprocess.run(
-        [*LAUNCHER, str(script), str(folder)],
-        cwd=ROOT,
-        env=script_environment() | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
+def two_processes(tmp_path_factory) -> Callable[[str], list[dict]]:
+    """What each of two processes finds in a case; they run once for all quick ones, and once for the others."""
+
+    @cache
+    def run(names: tuple[str, ...]) -> list[dict]:
+        return launched(SCRIPT, tmp_path_factory.mktemp("scopes"), *names)
+
+    return lambda name: [found[name] for found in run(SLOW if name in SLOW else QUICK)]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_two_processes_train_as_one(two_processes, tmp_path, name):
     expected = five_steps(str(tmp_path), name)
-    for process in two_processes:
-        assert_trained_as_one(process[name], expected)
+    for found in two_processes(name):
+        assert_trained_as_one(found, expected)

@@ -1,8 +1,6 @@
 """Two real processes on the CPU: equal parameters, the same answers as one, and a run that survives being killed."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import psutil
@@ -11,27 +9,17 @@ import torch
 from transformers import AutoModelForImageClassification
 
 from modeling_bpgcn.training.run_folder import last_whole_checkpoint
+from tests.distributed.launch import LAUNCHER, launched
 from tests.training_factory import (
-    ROOT,
     digit_trainer,
     digits,
     kill_after_checkpoint,
-    script_environment,
     start_training,
     train,
     wait_for,
     write_recipe,
 )
 
-# port 0: any free one, since other tests may run at the same time
-LAUNCHER = (
-    str(Path(sys.executable).with_name("accelerate")),
-    "launch",
-    "--config_file",
-    "configuration/accelerate/two_cpu_processes.yaml",
-    "--main_process_port",
-    "0",
-)
 # 8 batches an epoch for each process and a checkpoint each 7 steps: none falls on the end of an epoch
 RUN = {
     "per_device_train_batch_size": 6,
@@ -47,8 +35,8 @@ import torch
 from tests.training_factory import digit_trainer, logged
 
 folder = sys.argv[1]
-trainer = digit_trainer(folder, max_steps=4, head_only_steps=1, transductive_evaluation=True,
-                        per_device_eval_batch_size=7)
+options = {"max_steps": 4, "head_only_steps": 1, "save_strategy": "steps", "save_steps": 3}
+trainer = digit_trainer(folder, transductive_evaluation=True, per_device_eval_batch_size=7, **options)
 seen, embedded = [], []
 forward = trainer.model.forward
 def record(*args, **kwargs):
@@ -61,11 +49,14 @@ trainer.model.forward = record
 before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
 trainer.train()
 metrics = trainer.evaluate()
+resumed = digit_trainer(folder, **options)
+resumed.train(resume_from_checkpoint=f"{folder}/checkpoint-3")  # in the middle of the second epoch
 rank = trainer.args.process_index
 torch.save({
     "world_size": trainer.args.world_size,
     "before": before,
     "state": trainer.model.state_dict(),
+    "resumed": {name: p.detach() for name, p in resumed.model.named_parameters()},
     "metrics": metrics,
     "seen": seen,
     "embedded": embedded,
@@ -80,19 +71,7 @@ trainer.accelerator.end_training()
 def ranks(tmp_path_factory) -> tuple[Path, list[dict]]:
     """What two processes held after four steps together, and the model that they saved."""
     folder = tmp_path_factory.mktemp("ranks")
-    script = folder / "together.py"
-    script.write_text(SCRIPT)
-    done = subprocess.run(
-        [*LAUNCHER, str(script), str(folder / "run")],
-        cwd=ROOT,
-        env=script_environment() | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return folder / "run", [torch.load(folder / "run" / f"rank{rank}.pt") for rank in range(2)]
+    return folder, launched(SCRIPT, folder)
 
 
 def test_both_processes_end_with_equal_parameters_and_an_equal_bank(ranks):
@@ -104,6 +83,13 @@ def test_both_processes_end_with_equal_parameters_and_an_equal_bank(ranks):
     assert len(one["state"]["bpgcn.support_bank.features"]) == len(digits().train)
     unmoved = {name for name, value in one["before"].items() if torch.equal(value, one["state"][name])}
     assert unmoved == {"bpgcn.backbone.embeddings.mask_token"}
+
+
+def test_a_resumed_run_ends_bit_for_bit_as_an_uninterrupted_one(ranks):
+    for found in ranks[1]:
+        assert found["resumed"].keys() == found["before"].keys()
+        for name, value in found["resumed"].items():
+            assert torch.equal(value, found["state"][name]), name
 
 
 def test_one_graph_spans_the_images_of_both_processes(ranks):
@@ -134,6 +120,7 @@ def test_evaluation_equals_that_of_one_process(ranks):
     assert 0 < expected["eval_accuracy"] < 1
 
 
+@pytest.mark.slow
 def test_a_run_of_two_processes_killed_mid_epoch_ends_bit_for_bit_as_an_uninterrupted_one(tmp_path):
     recipe = write_recipe(tmp_path, **RUN)
     whole = train(recipe, "--output_dir", tmp_path / "whole", launcher=LAUNCHER)
@@ -159,6 +146,7 @@ def test_a_run_of_two_processes_killed_mid_epoch_ends_bit_for_bit_as_an_uninterr
     assert results[0] == results[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scope", ["full", "memory"])
 def test_a_killed_process_ends_the_run_with_an_error_and_the_same_command_resumes_it(tmp_path, scope):
     own = {"full": {"gradient_cache_chunk_size": 8}, "memory": {"memory_size": 30}}.get(scope, {})

@@ -38,6 +38,8 @@ arguments = DataArguments("digits", labels_per_class=4, max_images=64)
 settings = {"dataset": str(folder / "images"), "num_neighbors": 4}
 write_report(trainer, digits(), arguments, results, image_transform(PROCESSOR), settings, None)
 trainer.push_to_hub()
+trainer.args.push_thumbnails, trainer.args.hub_model_id, trainer.hub_model_id = True, "pictured", None
+trainer.push_to_hub()
 
 model = trainer.model.eval()
 images = torch.stack([trainer.eval_dataset[row]["pixel_values"] for row in range(8)])
@@ -89,6 +91,11 @@ if not package:
             exec(snippet, {})
         said["snippets"].append(printed.getvalue())
     said["inferred"] = pipeline(model="alice/digit-run", **options)("image.jpg")
+else:
+    from modeling_bpgcn.training.thumbnails import read_thumbnails
+    ids = model.support_bank.ids.tolist()
+    pictures = read_thumbnails("alice/pictured", model)
+    said["pictures"] = [list(pictures) == ids, pictures[ids[0]].size, len(read_thumbnails("alice/digit-run", model))]
 print(json.dumps(said))
 """
 
@@ -200,6 +207,10 @@ def test_a_run_is_pushed_once_with_all_that_others_need_and_nothing_else(hub, pu
     assert {"training_args.bin", "trainer_state.json", "checkpoint-1"} <= local
     for path, data in files.items():
         assert str(published).encode() not in data, path
+
+
+def test_pictures_of_the_support_images_come_with_a_run_that_asks_for_it(read):
+    assert read["with"]["pictures"] == [True, [8, 8], 0]
 
 
 def test_the_card_links_pictures_that_are_beside_it(hub, published):

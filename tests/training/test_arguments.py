@@ -8,7 +8,8 @@ import yaml
 
 from modeling_bpgcn import BPGCNConfig
 from modeling_bpgcn.configuration_bpgcn import CHOICES
-from modeling_bpgcn.training.arguments import CONFIG_FIELDS, ModelArguments, parse_arguments
+from modeling_bpgcn.training.arguments import parse_arguments
+from modeling_bpgcn.training.model_arguments import CONFIG_FIELDS, ModelArguments
 from tests.training_factory import ROOT, arguments
 
 RECIPES = sorted((ROOT / "configuration").glob("*.yaml"))

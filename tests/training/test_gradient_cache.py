@@ -105,14 +105,23 @@ def test_the_noise_was_on(tmp_path):
     assert not torch.allclose(*features)
 
 
-@pytest.mark.parametrize(("options", "tolerance"), [({}, 1e-5), ({"bf16": True}, 1e-5)], ids=["float32", "autocast"])
-def test_cached_equals_plain_in_float32_and_under_autocast(tmp_path, options, tolerance):
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "autocast"])
+def test_cached_equals_plain_in_float32_and_under_autocast(tmp_path, bf16):
+    computed_in = set()
+
     def build(**extra):
-        return digit_trainer(tmp_path, noisy_model(torch.float32), per_device_train_batch_size=ROWS, **options, **extra)
+        model = noisy_model(torch.float32)
+        trainer = digit_trainer(tmp_path, model, per_device_train_batch_size=ROWS, bf16=bf16, **extra)
+        trainer.accelerator.prepare_model(trainer.model)  # as `Trainer.train` does: autocast is in its forward
+        for module in model.bpgcn.backbone.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.register_forward_hook(lambda _, __, output: computed_in.add(output.dtype))
+        return trainer
 
     trainer = build(gradient_cache_chunk_size=5)
     batch = one_batch(trainer)
-    assert_equal_steps(step(trainer, batch), plain_step(build(), batch, 5), tolerance)
+    assert_equal_steps(step(trainer, batch), plain_step(build(), batch, 5), 1e-5)
+    assert computed_in == {torch.bfloat16 if bf16 else torch.float32}
 
 
 def test_without_noise_chunks_equal_the_whole_batch_at_once(tmp_path):

@@ -15,9 +15,16 @@ EVERY_SCOPE = {
     "full": {"graph_scope": "full", "gradient_cache_chunk_size": 24},
     "learned temperature": {"temperature_schedule": "learned"},
 }
+SLOW = ("mixed batches, accumulated", "learned temperature")
 
 
-@pytest.mark.parametrize("options", EVERY_SCOPE.values(), ids=EVERY_SCOPE)
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(options, id=name, marks=[pytest.mark.slow] if name in SLOW else [])
+        for name, options in EVERY_SCOPE.items()
+    ],
+)
 def test_training_is_bit_identical_with_and_without_it(tmp_path, options):
     learned = {"learn_temperature": options.get("temperature_schedule") == "learned"}
     runs = [

@@ -1,15 +1,16 @@
 """The prefix cache: what training reads from it, when it is rebuilt, and that neither a kill nor a rival spoils it."""
 
 import json
+import multiprocessing
 import os
 import pickle
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections import namedtuple
+from collections.abc import Callable
+from multiprocessing.context import ForkProcess as Process
 from pathlib import Path
 
 import datasets
@@ -31,12 +32,10 @@ from modeling_bpgcn.training.prefix_cache import cache_prefix
 from tests.model_factory import BACKBONES, captured_warnings, tiny_backbone
 from tests.training_factory import (
     PROCESSOR,
-    ROOT,
     digit_trainer,
     digits,
     logged,
     parameters,
-    script_environment,
     tiny_digit_model,
 )
 
@@ -161,17 +160,19 @@ def test_half_precision_costs_half_the_space_and_a_bounded_error(tmp_path):
     assert sizes == [128, 128]  # the header
 
 
-def test_loaders_read_rows_with_workers_and_without(tmp_path):
+@pytest.mark.parametrize(
+    ("workers", "context"), [(2, "fork"), pytest.param(1, "spawn", marks=pytest.mark.slow)], ids=["fork", "spawn"]
+)
+def test_loaders_read_rows_with_workers_and_without(tmp_path, workers, context):
     rows = built(tmp_path)
     order = torch.randperm(64).tolist()
     batches = [
-        list(DataLoader(rows, 10, sampler=order, num_workers=workers, multiprocessing_context=context))
-        for workers, context in ((0, None), (2, "fork"), (1, "spawn"))
+        list(DataLoader(rows, 10, sampler=order, num_workers=count, multiprocessing_context=method))
+        for count, method in ((0, None), (workers, context))
     ]
     for column in ("hidden_states", "labels", "node_ids"):
-        alone, forked, spawned = (torch.cat([batch[column] for batch in loaded]) for loaded in batches)
-        assert torch.equal(alone, forked)
-        assert torch.equal(alone, spawned)
+        alone, helped = (torch.cat([batch[column] for batch in loaded]) for loaded in batches)
+        assert torch.equal(alone, helped)
     assert batches[0][0]["hidden_states"].shape == (10, 5, 16)
     assert torch.equal(torch.cat([batch["node_ids"] for batch in batches[0]]), torch.tensor(rows.node_ids)[order])
 
@@ -382,73 +383,50 @@ def test_dropout_in_the_first_blocks_is_pointed_out(field, tmp_path):
 
 # --- processes --------------------------------------------------------------------------------------------------------
 
-# builds slowly enough to be met at it, recording every second batch
-SCRIPT = """
-import sys, time
-from pathlib import Path
-from modeling_bpgcn.training import prefix_cache
-from tests.training.test_prefix_cache import images_of, model_of
 
-run, count, delay = prefix_cache.run_first_blocks, [0], float(sys.argv[2])
+def build_slowly(folder: Path, delay: float, workers: int) -> None:
+    """Build the cache slowly enough to be met at it, recording every second batch; `report.json` says what was done."""
+    run, count = prefix_cache.run_first_blocks, 0
 
-def slow(*inputs):
-    time.sleep(delay)
-    count[0] += len(inputs[1])
-    return run(*inputs)
+    def slow(*inputs):
+        nonlocal count
+        time.sleep(delay)
+        count += len(inputs[1])
+        return run(*inputs)
 
-prefix_cache.run_first_blocks, prefix_cache.BATCHES_BETWEEN_RECORDS = slow, 2
-print("ready", flush=True)
-while not Path(sys.argv[3]).exists():
-    time.sleep(0.01)
-rows = prefix_cache.cache_prefix(model_of(), images_of(), sys.argv[1], batch_size=4, num_workers=int(sys.argv[4]))
-print("ran", count[0], "sum", rows[0]["hidden_states"].float().sum().item())
-"""
+    prefix_cache.run_first_blocks, prefix_cache.BATCHES_BETWEEN_RECORDS = slow, 2
+    with captured_warnings(prefix_cache.logger) as said:
+        rows = built(folder, batch_size=4, num_workers=workers)
+    states = rows[0]["hidden_states"].float().tolist()
+    report = {"ran": count, "states": states, "said": said}
+    folder.with_name(f"report-{os.getpid()}.json").write_text(json.dumps(report))
 
 
-def start(folder: Path, delay: float, gate: Path, workers: int = 0) -> subprocess.Popen:
-    """A process that builds the cache as soon as there is a file `gate`."""
-    return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(folder), str(delay), str(gate), str(workers)],
-        cwd=ROOT,
-        env=script_environment() | {"PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+def start(folder: Path, delay: float, workers: int = 0) -> Process:
+    """A process that builds the cache: a copy of this one, which has imported all that it needs."""
+    process = multiprocessing.get_context("fork").Process(target=build_slowly, args=(folder, delay, workers))
+    process.start()
+    return process
 
 
-def finish(process: subprocess.Popen) -> str:
-    try:
-        output = process.communicate(timeout=120)[0]
-    except subprocess.TimeoutExpired:
-        process.kill()
-        raise AssertionError(f"the process did not end:\n{process.communicate()[0]}") from None
-    assert process.returncode == 0, output
-    return output
-
-
-def wait_for_rows(process: subprocess.Popen, folder: Path, rows: int) -> None:
+def wait_until(process: Process, condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 60
-    while True:
-        record = folder / "prefix_cache.json"
-        if record.is_file() and json.loads(record.read_text())["rows"] >= rows:
-            return
-        if process.poll() is not None or time.monotonic() > deadline:
+    while not condition():
+        if process.exitcode is not None or time.monotonic() > deadline:
             process.kill()
-            raise AssertionError(f"{rows} rows were not written:\n{process.communicate()[0]}")
+            raise AssertionError(f"it did not come to that; exit code {process.exitcode}")
         time.sleep(0.005)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_killed_in_the_middle_it_goes_on_and_ends_as_if_it_was_not(workers, tmp_path, runs):
-    gate = tmp_path / "gate"
-    gate.touch()
-    process = start(tmp_path / "killed", 0.1, gate, workers)
-    wait_for_rows(process, tmp_path / "killed", 16)
+    record = tmp_path / "killed" / "prefix_cache.json"
+    process = start(tmp_path / "killed", 0.1, workers)
+    wait_until(process, lambda: record.is_file() and json.loads(record.read_text())["rows"] >= 16)
     process.kill()
-    process.wait()
-    assert process.returncode == -signal.SIGKILL
-    rows = json.loads((tmp_path / "killed" / "prefix_cache.json").read_text())["rows"]
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    rows = json.loads(record.read_text())["rows"]
     assert 16 <= rows < 64
     [path] = (tmp_path / "killed").glob("hidden_states-*.npy")
     with path.open("ab") as file:
@@ -459,38 +437,29 @@ def test_killed_in_the_middle_it_goes_on_and_ends_as_if_it_was_not(workers, tmp_
     assert sum(runs) == 64 - rows + 1
     built(tmp_path / "clean", batch_size=4)
     assert files(tmp_path / "killed") == files(tmp_path / "clean")
-    process.stdout.close()
 
 
 def test_killed_before_the_first_record_it_starts_anew(tmp_path):
-    gate = tmp_path / "gate"
-    gate.touch()
-    process = start(tmp_path / "killed", 60, gate)
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "killed" / "prefix_cache.lock").exists():
-        assert time.monotonic() < deadline
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.01)
+    process = start(tmp_path / "killed", 60)
+    wait_until(process, (tmp_path / "killed" / "prefix_cache.lock").exists)
     process.kill()
-    process.communicate()
+    process.join()
     assert not rebuilding(tmp_path / "killed", batch_size=4)
     built(tmp_path / "clean", batch_size=4)
     assert files(tmp_path / "killed") == files(tmp_path / "clean")
 
 
 def test_of_two_processes_one_builds_and_the_other_waits(tmp_path):
-    gate = tmp_path / "gate"
-    processes = [start(tmp_path / "shared", 0.05, gate) for _ in range(2)]
+    processes = [start(tmp_path / "shared", 0.05) for _ in range(2)]
     for process in processes:
-        while process.stdout.readline().strip() != "ready":
-            assert process.poll() is None, process.communicate()[0]
-    gate.touch()
-    outputs = [finish(process) for process in processes]
-    counts = [int(output.rpartition("ran ")[2].split()[0]) for output in outputs]
-    assert sorted(counts) == [0, 64 + 1]
-    assert outputs[0].split()[-1] == outputs[1].split()[-1]
-    waited = outputs[counts.index(0)]
-    assert f"Waiting for another process that builds the prefix cache in {tmp_path / 'shared'}" in waited
+        process.join(60)
+        assert process.exitcode == 0
+    reports = [json.loads(path.read_text()) for path in tmp_path.glob("report-*.json")]
+    waited, ran = sorted(reports, key=lambda report: report["ran"])
+    assert (waited["ran"], ran["ran"]) == (0, 64 + 1)
+    assert waited["states"] == ran["states"]
+    expected = f"Waiting for another process that builds the prefix cache in {tmp_path / 'shared'}."
+    assert (waited["said"], ran["said"]) == ([expected], [])
     built(tmp_path / "clean", batch_size=4)
     assert files(tmp_path / "shared") == files(tmp_path / "clean")
 

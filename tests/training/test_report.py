@@ -11,7 +11,8 @@ import torch
 from modeling_bpgcn.training import report
 from modeling_bpgcn.training.data import DataArguments
 from modeling_bpgcn.training.images import image_transform
-from modeling_bpgcn.training.report import draw_neighbors, format_table, own_results, write_report
+from modeling_bpgcn.training.report import draw_neighbors, format_table, keep_thumbnails, own_results, write_report
+from modeling_bpgcn.training.thumbnails import read_thumbnails
 from tests.training_factory import PROCESSOR, digit_trainer, digits
 
 METRICS = {"test_accuracy": 0.5, "test_macro_f1": 0.25, "test_ece": 0.125, "test_neighbor_homophily": 0.75}
@@ -91,6 +92,20 @@ def test_wrong_answers_come_first_then_one_of_each_class():
     labels = torch.tensor([0, 1, 1, 0, 1, 2, 3, 4, 5])
     assert report._pick(answers, labels) == [3, 4, 0, 1, 6, 7]
     assert report._pick(labels, labels) == [0, 1, 5, 6, 7, 8]
+
+
+def test_thumbnails_are_those_of_the_support_images_unless_they_are_many(trainer, tmp_path, monkeypatch):
+    data, model = digits(), trainer.bpgcn
+    ids = model.support_bank.ids.tolist()
+    monkeypatch.setattr(report, "MAX_THUMBNAILS", len(ids) - 1)
+    keep_thumbnails(ids, data, tmp_path)
+    assert read_thumbnails(str(tmp_path), model) == {}
+    monkeypatch.setattr(report, "MAX_THUMBNAILS", len(ids))
+    keep_thumbnails(ids, data, tmp_path)
+    found = read_thumbnails(str(tmp_path), model)
+    assert list(found) == ids
+    for node, image in zip(data.train["node_id"], data.train["image"], strict=True):
+        assert found[node].tobytes() == image.convert("RGB").tobytes()
 
 
 # --- all of it --------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from modeling_bpgcn import modeling_bpgcn, objectives
 from modeling_bpgcn.graph import RankingGraph
 from modeling_bpgcn.ranking import soft_topk
 from modeling_bpgcn.training.data import DataArguments, load_image_data
+from modeling_bpgcn.training.loading import read_classes
 from modeling_bpgcn.training.run_folder import last_whole_checkpoint
 from modeling_bpgcn.training.sampler import RepeatableRows
 from modeling_bpgcn.training.trainer import BPGCNTrainer
@@ -526,9 +527,9 @@ def assert_same_run(one, other) -> None:
 @pytest.mark.parametrize(
     ("saved_at", "options"),
     [
-        (3, {}),  # in the middle of the first epoch
+        pytest.param(3, {}, marks=pytest.mark.slow),  # in the middle of the first epoch
         (4, {}),  # at its end
-        (6, {}),  # in the middle of the second
+        pytest.param(6, {}, marks=pytest.mark.slow),  # in the middle of the second
         (3, {"gradient_accumulation_steps": 2}),
         (3, {"labeled_batch_fraction": 0.5, "class_balanced_batches": True}),
         (3, {"eval_strategy": "steps", "eval_steps": 3, "transductive_evaluation": True}),
@@ -595,7 +596,9 @@ trainer.train()
 """
 
 
-@pytest.mark.parametrize("limit", [1000, 40_000], ids=["model", "optimizer"])
+@pytest.mark.parametrize(
+    "limit", [pytest.param(1000, id="model"), pytest.param(40_000, id="optimizer", marks=pytest.mark.slow)]
+)
 def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_the_one_before_resumes(tmp_path, limit):
     """The limit fails the model's file, or lets it pass and fails the larger one of the optimizer."""
     folder = tmp_path / "run"
@@ -755,4 +758,4 @@ def test_identical_images_train_without_a_number_that_is_none(tmp_path):
 def test_classes_are_read_from_the_column_that_the_transform_reads(tmp_path):
     rows = Dataset.from_dict({"image": [0, 1, 2], "label": [1, -100, 0], "node_id": [0, 1, 2]})
     trainer = BPGCNTrainer(plain_model(), arguments(tmp_path), train_dataset=rows.with_transform(lambda rows: rows))
-    assert list(trainer._read_classes()) == [1, -100, 0]
+    assert list(read_classes(trainer.args, trainer.train_dataset)) == [1, -100, 0]
