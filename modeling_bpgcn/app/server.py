@@ -1,6 +1,7 @@
 """The demo as a web server that asks no other host for anything, and gives away nothing but the page and what its
 visitors sent."""
 
+import ctypes
 import ipaddress
 import json
 import os
@@ -25,6 +26,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from .answering import Demonstration
 from .interface import build_interface
 
+M_ARENA_MAX, HEAPS = -8, 2  # of glibc's mallopt
 MAX_SESSIONS = 200  # visitors that the server remembers
 MAX_BODY = 2**16  # bytes of a request, around an image or without one
 API = "/gradio_api/"
@@ -229,6 +231,13 @@ def url_of(listener: socket.socket) -> tuple[str, bool]:
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     return f"http://{shown}:{port}", ipaddress.ip_address(host).is_loopback
+
+
+def share_heaps() -> None:
+    """Let all threads allocate from the same few heaps: glibc would give each thread that answers visitors one of its
+    own, what is free in one is of no use to another, and memory would grow for as long as visitors come."""
+    with suppress(OSError, TypeError, AttributeError):  # another C library does not do so, and lacks the call
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, HEAPS)
 
 
 def serve(app: ASGIApp, listener: socket.socket) -> None:

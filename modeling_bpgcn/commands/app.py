@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _run(options: Namespace) -> None:
     from ..app.answering import Demonstration  # with Gradio, seconds to import
-    from ..app.server import bind, build_app, serve, upload_folder, url_of
+    from ..app.server import bind, build_app, serve, share_heaps, upload_folder, url_of
 
     try:
         listener = bind(options.host, options.port)  # before the model is loaded, which takes longer
@@ -42,6 +42,7 @@ def _run(options: Namespace) -> None:
             f"--host {options.host} --port {options.port} cannot be listened at: {error.strerror}. Choose another"
             " port, or 0 for any."
         ) from None
+    share_heaps()
     with listener, upload_folder() as folder:
         model, processor = load_model(options)
         thumbnails = read_thumbnails(options.model, model, options.revision)

@@ -3,7 +3,10 @@
 import asyncio
 import json
 import os
+import platform
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import httpx
@@ -12,6 +15,7 @@ import pytest
 pytest.importorskip("gradio")
 
 from modeling_bpgcn.app.server import Guard, bind, upload_folder, url_of
+from tests.training_factory import ROOT
 
 from .conftest import CLASS_NAMES, start, stop
 
@@ -255,6 +259,43 @@ def test_the_upload_folder_is_removed_and_forgotten(monkeypatch):
     with upload_folder():
         pass
     assert "GRADIO_TEMP_DIR" not in os.environ
+
+
+COUNT_HEAPS = """
+import ctypes, sys, threading
+from modeling_bpgcn.app.server import share_heaps
+
+if sys.argv[1] == "shared":
+    share_heaps()
+c = ctypes.CDLL(None)
+c.malloc.restype = c.fopen.restype = ctypes.c_void_p
+c.malloc_info.argtypes, c.fclose.argtypes = (ctypes.c_int, ctypes.c_void_p), (ctypes.c_void_p,)
+together = threading.Barrier(8)
+
+def allocate():
+    c.malloc(10_000)
+    together.wait()
+
+threads = [threading.Thread(target=allocate) for _ in range(8)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+file = c.fopen(sys.argv[2].encode(), b"w")
+c.malloc_info(0, file)
+c.fclose(file)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc gives each thread a heap of its own")
+def test_threads_share_heaps(tmp_path):
+    found = {}
+    for kind in ("own", "shared"):
+        arguments = [sys.executable, "-c", COUNT_HEAPS, kind, str(tmp_path / kind)]
+        subprocess.run(arguments, check=True, timeout=100, cwd=ROOT)
+        found[kind] = (tmp_path / kind).read_text().count("<heap ")
+    assert found["own"] > 2
+    assert found["shared"] <= 2
 
 
 def test_web_sockets_are_closed(tmp_path):

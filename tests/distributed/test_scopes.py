@@ -82,6 +82,15 @@ CASES = {
         "ranking_shards": "rows",
         "temperature_schedule": "learned",
     },
+    "batch, support apart, averaged": {"per_device_train_batch_size": 32, "support_fraction": 0.5, "ema_decay": 0.8},
+    "batch, edges dropped, classes embedded": {"per_device_train_batch_size": 32},
+}
+CONFIG = {
+    "batch, edges dropped, classes embedded": {
+        "edge_dropout": 0.3,
+        "label_embedding": True,
+        "average_precision_loss_weight": 0.3,
+    },
 }
 # what others combine
 SLOW = (
@@ -96,6 +105,7 @@ SLOW = (
     "memory, SAM and penalty",
     "full",
     "full, rows",
+    "batch, support apart, averaged",
 )
 QUICK = tuple(name for name in CASES if name not in SLOW)
 
@@ -119,7 +129,8 @@ def five_steps(folder: str, name: str, processes: int = 1) -> dict:
         options["per_device_train_batch_size"] //= processes
     learned = options.get("temperature_schedule") == "learned"
     backbone = tiny_backbone(hidden_size=16)
-    model = tiny_digit_model(backbone_config=backbone, learn_temperature=learned, neighborhood_loss_weight=0.3).double()
+    config = {"learn_temperature": learned, "neighborhood_loss_weight": 0.3} | CONFIG.get(name, {})
+    model = tiny_digit_model(backbone_config=backbone, **config).double()
     trainer = digit_trainer(folder, model, data=digits(options.pop("max_images", 64)), **options)
     gradients = []
 
