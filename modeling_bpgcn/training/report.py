@@ -165,6 +165,8 @@ Model card       {folder / "README.md"}
 Next:
   classify an image
     .venv/bin/python -c {_quoted(ask)}
+  drop images on it in a browser, and see what its answers rest on
+    .venv/bin/python -m modeling_bpgcn app {quote(str(folder))}
   train with fewer labels
     .venv/bin/accelerate launch train.py {quote(str(recipe))} {fewer} --output_dir {quote(str(fewer_folder))}
   look at the logs in a browser

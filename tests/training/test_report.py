@@ -175,6 +175,7 @@ def test_half_of_the_labels_in_the_terms_of_the_run(options, fewer):
 
 def test_a_simple_folder_gives_commands_that_are_simple_to_read():
     text = report._what_next(Path("runs/digits"), DataArguments("digits"))
+    assert ".venv/bin/python -m modeling_bpgcn app runs/digits\n" in text
     assert "print(pipeline('image-classification', 'runs/digits')('runs/digits/example.png'))\"" in text
     assert "launch train.py runs/digits/recipe.yaml " in text
     assert text.endswith("tensorboard --logdir runs/digits")
