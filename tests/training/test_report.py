@@ -145,16 +145,17 @@ def test_the_table_the_protocol_and_the_paths_are_printed(written):
         assert str(folder / name) in text
 
 
-def test_three_commands_are_printed_that_a_shell_reads_as_meant(written):
+def test_the_commands_are_printed_that_a_shell_reads_as_meant(written):
     folder, text, _ = written
     commands = [shlex.split(line) for line in text.splitlines() if line.startswith("    .venv/bin/")]
-    ask, fewer, logs = commands
+    ask, drop, fewer, logs = commands
     assert " " in str(folder)
     assert ask[:2] == [".venv/bin/python", "-c"]
     compile(ask[2], "printed", "exec")
     assert len(ask) == 3
     assert repr(str(folder)) in ask[2]
     assert repr(str(folder / "example.png")) in ask[2]
+    assert drop == [".venv/bin/python", "-m", "modeling_bpgcn", "app", str(folder)]
     assert fewer[:3] == [".venv/bin/accelerate", "launch", "train.py"]
     assert fewer[3] == str(folder / "recipe.yaml")
     assert fewer[4:] == ["--labels_per_class", "2", "--output_dir", f"{folder}-fewer-labels"]
