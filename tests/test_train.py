@@ -50,7 +50,7 @@ MADE = {
 def of_run(output: str, number: int) -> str:
     """The n-th of the commands that a run printed, with the interpreter of the tests."""
     commands = [line.strip() for line in output.splitlines() if line.startswith("    .venv/bin/")]
-    assert len(commands) == 3, output
+    assert len(commands) == 4, output
     return commands[number].replace(".venv/bin/", f"{Path(sys.executable).parent}/")
 
 
@@ -124,9 +124,19 @@ def test_the_first_command_classifies_an_image_in_a_clean_process(digit_run):
     assert [a["score"] for a in answers] == pytest.approx([a["score"] for a in here], abs=1e-6)
 
 
-def test_the_second_command_trains_with_half_of_the_labels(digit_run):
+def test_the_second_command_serves_the_demo(digit_run):
+    _, output = digit_run
+    command = [*shlex.split(of_run(output, 1)), "--port", "0"]
+    with subprocess.Popen(command, cwd=ROOT, env=script_environment(), stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout.readline().startswith("The demo is at http://127.0.0.1:")
+        finally:
+            server.terminate()
+
+
+def test_the_third_command_trains_with_half_of_the_labels(digit_run):
     folder, output = digit_run
-    command = of_run(output, 1)
+    command = of_run(output, 2)
     assert "--labels_per_class 3 " in command
     done = shell(command)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -136,12 +146,12 @@ def test_the_second_command_trains_with_half_of_the_labels(digit_run):
     assert json.loads((fewer / "run.json").read_text())["labels_per_class"] == 3
 
 
-def test_the_third_command_shows_the_logs_in_a_browser(digit_run):
+def test_the_fourth_command_shows_the_logs_in_a_browser(digit_run):
     _, output = digit_run
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [*shlex.split(of_run(output, 2)), "--host", "127.0.0.1", "--port", str(port)]
+    command = [*shlex.split(of_run(output, 3)), "--host", "127.0.0.1", "--port", str(port)]
     server = subprocess.Popen(command, cwd=ROOT, env=script_environment(), stderr=subprocess.PIPE, text=True)
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     deadline = time.monotonic() + 60
